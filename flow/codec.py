@@ -1,0 +1,167 @@
+"""Images and displacement components as JPEG, and back.
+
+A component is mapped linearly from its range (lo, hi) in px/frame to the codes 0..255 and stored as a grey JPEG;
+"after decompression" it is "rescaled back to its original range" (Simonyan & Zisserman 2014, sec. 5).
+
+    code  = round(255 * (value - lo) / (hi - lo))
+    value = lo + code * (hi - lo) / 255
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from flow.video import import_cv2
+
+NAME = "linear-jpeg"
+VERSION = 1
+
+#: A still component has no range of its own. It is widened to this, so that dequantisation never divides by zero.
+MIN_RANGE_PX = 1e-3
+
+
+@dataclass(frozen=True)
+class Codec:
+    """How the components of a packed set are encoded: part of its metadata, compared when it is loaded.
+
+    range: "per-field", each component over its own (min, max); or "fixed", all over (-bound_px, bound_px), saturating,
+        as common flow JPEG folders do (bound_px = 20).
+    quality: of JPEG, 1..100, for components and RGB frames.
+    """
+
+    range: str = "per-field"
+    bound_px: float | None = None
+    quality: int = 90
+    name: str = NAME
+    version: int = VERSION
+
+    def __post_init__(self) -> None:
+        if (self.name, self.version) != (NAME, VERSION):
+            raise ValueError(
+                f"The data are encoded with {self.name} version {self.version}, this code reads {NAME} version "
+                f"{VERSION}. Pack the videos again, or use the release that wrote them."
+            )
+        if self.range not in ("per-field", "fixed") or (self.range == "fixed") != (self.bound_px is not None):
+            raise ValueError(
+                f"range={self.range!r} with bound_px={self.bound_px}: range is 'per-field' without a bound, or 'fixed' "
+                "with one."
+            )
+        if self.bound_px is not None and not 0 < self.bound_px < np.inf:
+            raise ValueError(f"bound_px={self.bound_px} px: the bound is a positive number of pixels, such as 20.")
+        if not 1 <= self.quality <= 100:
+            raise ValueError(f"quality={self.quality}: JPEG quality is 1..100; 90 is the default.")
+
+    @staticmethod
+    def from_option(range_option: str, quality: int) -> "Codec":
+        """Codec of the command line's `--range`: "per-field", or a bound in px such as "20"."""
+        if range_option == "per-field":
+            return Codec(quality=quality)
+        try:
+            bound_px = float(range_option)
+        except ValueError:
+            raise ValueError(f"range {range_option!r}: give 'per-field', or a bound in px such as 20.") from None
+        return Codec(range="fixed", bound_px=bound_px, quality=quality)
+
+    @staticmethod
+    def from_metadata(metadata: dict[str, Any]) -> "Codec":
+        """Codec of a `dataset.json`. Raises ValueError if this code does not read that encoding."""
+        try:
+            return Codec(**metadata)
+        except TypeError:
+            raise ValueError(f"codec metadata {metadata}: expected the keys {list(asdict(Codec()))}.") from None
+
+    def metadata(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Coded(NamedTuple):
+    """An encoded component: JPEG bytes, and the range that the codes 0..255 span, in px/frame."""
+
+    jpeg: bytes
+    lo: float
+    hi: float
+
+
+def encode_component(component: npt.NDArray[np.float32], codec: Codec) -> Coded:
+    """Quantise and compress one component (H, W) px/frame.
+
+    Before JPEG the error is at most half a step, (hi - lo) / 510; a fixed range also saturates at its bound.
+    Raises ValueError for values that are not finite.
+    """
+    if not np.isfinite(component).all():
+        raise ValueError(
+            f"A component of shape {component.shape} holds values that are not finite; a field is finite px/frame. "
+            "The flow method failed on this pair of frames."
+        )
+    if codec.bound_px is not None:
+        lo, hi = -codec.bound_px, codec.bound_px
+    else:
+        lo, hi = float(component.min()), float(component.max())
+        # Stored ranges are float32: round them now, so that what is written is what was quantised with.
+        hi = float(np.float32(max(hi, lo + max(MIN_RANGE_PX, abs(lo) * 1e-4))))
+    codes = np.rint((component - np.float32(lo)) * np.float32(255 / (hi - lo)))
+    return Coded(_encode(np.clip(codes, 0, 255).astype(np.uint8), codec.quality), lo, hi)
+
+
+def decode_component(jpeg: bytes, lo: float, hi: float) -> npt.NDArray[np.float32]:
+    """The component (H, W) float32 px/frame that `encode_component` stored. Raises ValueError if undecodable."""
+    return decode_grey(jpeg) * np.float32((hi - lo) / 255) + np.float32(lo)
+
+
+def decode_grey(jpeg: bytes) -> npt.NDArray[np.uint8]:
+    """The codes (H, W) uint8 of a component. Raises ValueError if undecodable."""
+    return _decode(jpeg, import_cv2().IMREAD_GRAYSCALE)
+
+
+def encode_rgb(frame: npt.NDArray[np.uint8], quality: int) -> bytes:
+    """JPEG of an RGB frame (H, W, 3) uint8."""
+    return _encode(frame[:, :, ::-1], quality)
+
+
+def decode_rgb(jpeg: bytes) -> npt.NDArray[np.uint8]:
+    """RGB frame (H, W, 3) uint8 of a JPEG. Raises ValueError if undecodable."""
+    return np.ascontiguousarray(_decode(jpeg, import_cv2().IMREAD_COLOR)[:, :, ::-1])
+
+
+def _encode(image: npt.NDArray[np.uint8], quality: int) -> bytes:
+    cv2 = import_cv2()
+    done, jpeg = cv2.imencode(".jpg", np.ascontiguousarray(image), [cv2.IMWRITE_JPEG_QUALITY, quality])
+    if not done:
+        raise ValueError(f"OpenCV could not encode an image of shape {image.shape} as JPEG.")
+    return bytes(jpeg)
+
+
+def _decode(jpeg: bytes, mode: int) -> npt.NDArray[np.uint8]:
+    image = import_cv2().imdecode(np.frombuffer(jpeg, np.uint8), mode)
+    if image is None:
+        raise ValueError(f"{len(jpeg)} bytes that are no decodable JPEG.")
+    return np.asarray(image, np.uint8)
+
+
+# JPEG markers that open a frame header (SOF): height, width and number of channels stand in it.
+# 0xC4, 0xC8 and 0xCC lie in the range but mean something else.
+_SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+
+
+def coded_size(jpeg: bytes) -> tuple[int, int, int]:
+    """Size (height, width, channels) that a JPEG's header claims, found by walking its segments; nothing is decoded.
+
+    Raises ValueError if there is no frame header before the scan.
+    """
+    if jpeg[:2] != b"\xff\xd8":
+        raise ValueError(f"The bytes begin with {jpeg[:2].hex() or 'nothing'}; a JPEG begins with ffd8.")
+    at = 2
+    while at + 10 <= len(jpeg) and jpeg[at] == 0xFF:
+        marker = jpeg[at + 1]
+        if marker in _SOF:
+            return (
+                int.from_bytes(jpeg[at + 5 : at + 7], "big"),
+                int.from_bytes(jpeg[at + 7 : at + 9], "big"),
+                jpeg[at + 9],
+            )
+        if marker == 0xDA:  # the scan
+            break
+        at += 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
+    raise ValueError(f"A JPEG of {len(jpeg)} bytes without a frame header.")

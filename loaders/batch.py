@@ -1,0 +1,93 @@
+"""What goes into a loader and what comes out."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    import torch
+
+#: The temporal net's input is displacement in px (at the stored size), after mean subtraction, times this.
+#: On real clips at 256 px the components then have a standard deviation of about 1, which He initialisation expects.
+FLOW_SCALE = 0.5
+
+#: ImageNet's RGB statistics in grey levels: the spatial net's input is (x - mean) / std.
+RGB_MEAN = np.array([123.675, 116.28, 103.53], np.float32)
+RGB_STD = np.array([58.395, 57.12, 57.375], np.float32)
+
+#: Principal components of ImageNet's RGB values: rows are red, green, blue; a column times its standard deviation
+#: (grey levels) times alpha ~ N(0, 0.1) is the colour offset of Krizhevsky et al. 2012, sec. 4.1.
+PCA_VECTORS = np.array(
+    [[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]], np.float32
+)
+PCA_STD = 255 * np.array([0.2175, 0.0188, 0.0045], np.float32)
+PCA_ALPHA_STD = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamSpec:
+    """What one stream's net takes in.
+
+    stream: "spatial", one RGB frame; or "temporal", L stacked fields, 2L channels (sec. 3.1, eq. 1).
+    crop_px: side of the square crop.
+    subtract_mean: from each field its own mean vector (sec. 3.1). Temporal only.
+    color_jitter: PCA colour offset in training (sec. 5, after its reference [15]). Spatial only.
+    random_mirror: mirror half of the training samples.
+    """
+
+    stream: str
+    L: int = 10
+    crop_px: int = 224
+    subtract_mean: bool = True
+    color_jitter: bool = True
+    random_mirror: bool = True
+
+    def __post_init__(self) -> None:
+        if self.stream not in ("spatial", "temporal"):
+            raise ValueError(f"stream={self.stream!r}: there are 'spatial' and 'temporal'.")
+        if self.L < 1 or self.crop_px < 1:
+            raise ValueError(f"L={self.L}, crop_px={self.crop_px}: both are at least 1.")
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Member kinds of one time step, in channel order."""
+        return ("rgb",) if self.stream == "spatial" else ("dx", "dy")
+
+    @property
+    def steps(self) -> int:
+        """Time steps of a sample: 1 frame, or L fields."""
+        return 1 if self.stream == "spatial" else self.L
+
+    @property
+    def frames_needed(self) -> int:
+        """Frames a video must have to hold one sample: 1, or L + 1."""
+        return 1 if self.stream == "spatial" else self.L + 1
+
+    @property
+    def num_images(self) -> int:
+        """Encoded images of one sample: 1 RGB JPEG, or 2L components."""
+        return self.steps * len(self.kinds)
+
+    @property
+    def num_channels(self) -> int:
+        """Channels of one sample: 3, or 2L."""
+        return 3 if self.stream == "spatial" else 2 * self.L
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a loader delivers. n samples:
+
+    inputs  (n, C, crop, crop) float32 on the device: normalised RGB, or px/frame * FLOW_SCALE
+    labels  (n,) int64 on the device
+    videos  (n,) int64, rows of the index;  tau (n,) int64
+    valid   (n,) bool; False for the padding that makes test batches equal on all ranks
+    """
+
+    inputs: "torch.Tensor"
+    labels: "torch.Tensor"
+    videos: npt.NDArray[np.int64]
+    tau: npt.NDArray[np.int64]
+    valid: npt.NDArray[Any]

@@ -1,0 +1,199 @@
+"""Which sample: training draws and test views, as pure functions of numbers. Randomness enters here and nowhere else.
+
+Draws for the *global* batch are made by every rank, which then takes its slice: 1, 2 or 4 processes train on the same
+sequence of global batches, and a resumed run needs one integer, the step.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from itertools import count
+
+import numpy as np
+import numpy.typing as npt
+
+from loaders.batch import PCA_ALPHA_STD, StreamSpec
+from loaders.index import Index
+
+Ints = npt.NDArray[np.int64]
+
+#: Keeps the draws of the two streams apart under one seed.
+_STREAM_COUNTER = {"spatial": 0, "temporal": 1}
+
+#: The ten test views: four corners and the centre, plain and mirrored (sec. 5). (y, x, mirrored), where y and x are
+#: fractions of the free border; a window starts at floor(fraction * border).
+VIEWS = tuple(
+    (y, x, mirrored)
+    for mirrored in (False, True)
+    for y, x in ((0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0), (0.5, 0.5))
+)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """n samples. All arrays have n rows.
+
+    video  (n,) row of the index          tau    (n,) first frame or field, 0-based
+    crop   (n, 2) window's y0, x0 in px; its size is the stream's crop_px
+    mirror (n,) bool                      alpha  (n, 3) weights of the colour components
+    valid  (n,) bool, False for padding
+    """
+
+    video: Ints
+    tau: Ints
+    crop: Ints
+    mirror: npt.NDArray[np.bool_]
+    alpha: npt.NDArray[np.float32]
+    valid: npt.NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        return len(self.video)
+
+    def slots(self, rank: int, world_size: int) -> "Draw":
+        """Slice of rank `rank`: slots [rank * n, (rank + 1) * n), n = len / world_size."""
+        n = len(self) // world_size
+        return Draw(**{f.name: getattr(self, f.name)[rank * n : (rank + 1) * n] for f in fields(self)})
+
+
+@dataclass(frozen=True)
+class Population:
+    """The videos of a training list that are long enough, grouped by class.
+
+    rows (num_videos,): rows of the index, class after class; class k has rows[start[k] : start[k + 1]].
+    num_frames, height, width: of those rows. num_left_out: listed videos that are too short.
+    """
+
+    rows: Ints
+    start: Ints
+    num_frames: Ints
+    height: Ints
+    width: Ints
+    num_left_out: int
+
+
+def population(index: Index, rows: Ints, spec: StreamSpec) -> Population:
+    """Group listed videos by class, leaving out those too short for a sample.
+
+    Raises ValueError if none is left, or if a video is smaller than the crop.
+    """
+    rows = np.asarray(rows, np.int64)
+    check_crop(index, rows, spec)
+    long_enough = rows[index.num_frames[rows] >= spec.frames_needed]
+    if not len(long_enough):
+        raise ValueError(
+            f"None of {len(rows)} training videos has the {spec.frames_needed} frames that {spec.stream} samples with "
+            f"L={spec.L} need. Lower L or give longer videos."
+        )
+    by_class = long_enough[np.lexsort((long_enough, index.labels[long_enough]))]
+    _, counts = np.unique(index.labels[by_class], return_counts=True)
+    return Population(
+        rows=by_class,
+        start=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        num_frames=index.num_frames[by_class],
+        height=index.heights[by_class],
+        width=index.widths[by_class],
+        num_left_out=len(rows) - len(by_class),
+    )
+
+
+def check_crop(index: Index, rows: Ints, spec: StreamSpec) -> None:
+    """Raise ValueError if a listed video is smaller than the crop."""
+    if not len(rows):
+        raise ValueError("The list of videos is empty. Check the split's file in the packed data set.")
+    sides = np.minimum(index.heights[rows], index.widths[rows])
+    if sides.min() < spec.crop_px:
+        row = rows[int(sides.argmin())]
+        raise ValueError(
+            f"{index.video_ids([row])[0]} is stored at {index.heights[row]}x{index.widths[row]} px, which cannot hold "
+            f"crops of {spec.crop_px} px. Lower crop_px, or pack with a larger --size."
+        )
+
+
+def draw_batch(seed: int, step: int, videos: Population, spec: StreamSpec, batch_size: int) -> Draw:
+    """The global training batch of one step: a pure function of its arguments.
+
+    Each slot: a class, uniform over the classes; a video of it, uniform; tau, uniform over the starts that fit; a crop
+    anywhere in the frame; mirrored with probability 1/2; colour weights. Simonyan & Zisserman 2014, sec. 5.
+    """
+    if seed < 0 or step < 0:
+        raise ValueError(f"seed={seed}, step={step}: both count from 0.")
+    generator = np.random.Generator(np.random.Philox(key=[seed, step], counter=[0, 0, 0, _STREAM_COUNTER[spec.stream]]))
+
+    def below(bounds: Ints | int) -> Ints:
+        """Uniform integers in [0, bound), one a slot."""
+        return (generator.random(batch_size) * bounds).astype(np.int64)
+
+    label = below(len(videos.start) - 1)
+    chosen = videos.start[label] + below(videos.start[label + 1] - videos.start[label])
+    tau = below(videos.num_frames[chosen] - spec.frames_needed + 1)
+    y0 = below(videos.height[chosen] - spec.crop_px + 1)
+    x0 = below(videos.width[chosen] - spec.crop_px + 1)
+    mirror = below(2).astype(bool) & spec.random_mirror
+    alpha = generator.normal(0, PCA_ALPHA_STD, (batch_size, 3)).astype(np.float32)
+    return Draw(
+        video=videos.rows[chosen],
+        tau=tau,
+        crop=np.stack([y0, x0], axis=1),
+        mirror=mirror,
+        alpha=alpha * (spec.stream == "spatial" and spec.color_jitter),
+        valid=np.ones(batch_size, bool),
+    )
+
+
+def rank_draws(
+    videos: Population, spec: StreamSpec, *, seed: int, batch_size: int, rank: int, world_size: int, start_step: int
+) -> Iterator[Draw]:
+    """One rank's slices of the global batches from start_step on, without end.
+
+    Raises ValueError at once if batch_size does not divide by world_size.
+    """
+    if batch_size < 1 or batch_size % world_size:
+        raise ValueError(
+            f"A global batch of {batch_size} cannot be shared evenly by {world_size} processes. "
+            f"Take a multiple of {world_size}."
+        )
+    return (draw_batch(seed, step, videos, spec, batch_size).slots(rank, world_size) for step in count(start_step))
+
+
+def test_taus(num_frames: int, frames_needed: int, num_taus: int) -> Ints:
+    """Starts of the test samples of one video, equally spaced from the first that fits to the last (sec. 5).
+
+        num_frames = 31, L = 10, num_taus = 3      tau = 0, 10, 20
+
+    A video shorter than a sample gives tau = 0 throughout; its last field is repeated.
+    """
+    last = max(num_frames - frames_needed, 0)
+    return np.rint(np.linspace(0, last, num_taus)).astype(np.int64) if num_taus > 1 else np.array([last // 2])
+
+
+test_taus.__test__ = False  # type: ignore[attr-defined]  # not a test, whatever its name suggests to pytest
+
+
+def enumerate_views(
+    index: Index, rows: Ints, spec: StreamSpec, *, num_taus: int, batch_size: int, rank: int, world_size: int
+) -> Iterator[Draw]:
+    """Test samples of one rank, in batches of (video, tau) pairs; each stands for its ten views.
+
+    All pairs in list order are dealt out in runs of batch_size: batch b of rank r has run b * world_size + r. Every
+    rank gives the same number of batches; the last ones are padded with invalid copies of the first pair.
+    """
+    check_crop(index, rows, spec)
+    total = len(rows) * num_taus
+    for batch in range(num_view_batches(total, batch_size, world_size)):
+        pair = (batch * world_size + rank) * batch_size + np.arange(batch_size)
+        valid = pair < total
+        pair = np.where(valid, pair, 0)
+        video = np.asarray(rows, np.int64)[pair // num_taus]
+        taus = {int(v): test_taus(int(index.num_frames[v]), spec.frames_needed, num_taus) for v in np.unique(video)}
+        yield Draw(
+            video=video,
+            tau=np.array([taus[int(v)][p] for v, p in zip(video, pair % num_taus, strict=True)]),
+            crop=np.zeros((batch_size, 2), np.int64),
+            mirror=np.zeros(batch_size, bool),
+            alpha=np.zeros((batch_size, 3), np.float32),
+            valid=valid,
+        )
+
+
+def num_view_batches(num_pairs: int, batch_size: int, world_size: int) -> int:
+    """Batches of (video, tau) pairs that each rank gets."""
+    return -(-num_pairs // (batch_size * world_size))

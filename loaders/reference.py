@@ -1,0 +1,153 @@
+"""The same contract as `dali_loader`, written plainly with OpenCV and numpy: the oracle in tests, a row in benchmarks."""
+
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from flow.codec import decode_component, decode_rgb
+from flow.fields import mirror_field, subtract_mean
+from loaders.batch import FLOW_SCALE, PCA_STD, PCA_VECTORS, RGB_MEAN, RGB_STD, Batch, StreamSpec
+from loaders.draw import VIEWS, Draw, Ints, enumerate_views, num_view_batches, population, rank_draws
+from loaders.index import Index
+from loaders.source import Encoded, Source
+
+Array = npt.NDArray[np.float32]
+
+
+class ReferenceLoader:
+    """Iterates over Batch objects on the CPU; see `dali_loader.DaliLoader`, which it equals but for speed."""
+
+    def __init__(self, source: Source, draws: Iterator[Draw], *, num_batches: int | None, num_left_out: int = 0):
+        self._source = source
+        self._num_batches = num_batches
+        self.num_left_out = num_left_out
+        self._batches = self._train(draws) if num_batches is None else self._test(draws)
+
+    def __len__(self) -> int:
+        if self._num_batches is None:
+            raise TypeError("A training loader is endless; take as many steps as you train.")
+        return self._num_batches
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Batch:
+        return next(self._batches)
+
+    def _train(self, draws: Iterator[Draw]) -> Iterator[Batch]:
+        side = self._source.spec.crop_px
+        for draw in draws:
+            samples = []
+            for i, sample in enumerate(self._samples(self._source.read(draw))):
+                y0, x0 = draw.crop[i]
+                samples.append(self._input(sample[..., y0 : y0 + side, x0 : x0 + side], draw.mirror[i], draw.alpha[i]))
+            yield self._batch(draw, samples)
+
+    def _test(self, draws: Iterator[Draw]) -> Iterator[Batch]:
+        side = self._source.spec.crop_px
+        for draw in draws:
+            samples = self._samples(self._source.read(draw))
+            for y, x, mirrored in VIEWS:
+                windows = []
+                for sample in samples:
+                    y0, x0 = int(y * (sample.shape[-2] - side)), int(x * (sample.shape[-1] - side))
+                    window = sample[..., y0 : y0 + side, x0 : x0 + side]
+                    windows.append(self._input(window, mirrored, np.zeros(3, np.float32)))
+                yield self._batch(draw, windows)
+
+    def _samples(self, encoded: Encoded) -> list[Array]:
+        """Each sample's whole frame (3, H, W) in grey levels, or stack of fields (L, 2, H, W) in px/frame, mean subtracted."""
+        spec = self._source.spec
+        images = [image.tobytes() for image in encoded.images]
+        if spec.stream == "spatial":
+            return [decode_rgb(image).transpose(2, 0, 1).astype(np.float32) for image in images]
+        samples = []
+        for i, entries in enumerate(encoded.entries):  # (L, 2)
+            fields = []
+            for t, (dx, dy) in enumerate(entries):
+                at = i * spec.num_images + 2 * t
+                field = np.stack(
+                    [
+                        decode_component(images[at], float(dx["lo"]), float(dx["hi"])),
+                        decode_component(images[at + 1], float(dy["lo"]), float(dy["hi"])),
+                    ]
+                )
+                mean = np.array([dx["mean"], dy["mean"]], np.float32)
+                fields.append(subtract_mean(field, mean) if spec.subtract_mean else field)
+            samples.append(np.stack(fields))
+        return samples
+
+    def _input(self, window: Array, mirror: bool, alpha: Array) -> Array:
+        """The net's input (C, crop, crop) from a window of a sample."""
+        if self._source.spec.stream == "spatial":
+            offset = PCA_VECTORS @ (alpha * PCA_STD)
+            rgb = (window + (offset - RGB_MEAN)[:, None, None]) / RGB_STD[:, None, None]
+            return (rgb[:, :, ::-1] if mirror else rgb).astype(np.float32)
+        fields = [mirror_field(field) if mirror else field for field in window]
+        return np.concatenate(fields) * np.float32(FLOW_SCALE)
+
+    def _batch(self, draw: Draw, samples: list[Array]) -> Batch:
+        return Batch(
+            inputs=torch.from_numpy(np.stack(samples)),
+            labels=torch.from_numpy(self._source.index.labels[draw.video]),
+            videos=draw.video,
+            tau=draw.tau,
+            valid=draw.valid,
+        )
+
+    def close(self) -> None:
+        self._source.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def train_loader(
+    index: Index,
+    rows: Ints,
+    spec: StreamSpec,
+    *,
+    seed: int,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    start_step: int = 0,
+    **_: Any,
+) -> ReferenceLoader:
+    """As `dali_loader.train_loader`, on the CPU; its device, num_threads and graph are ignored."""
+    videos = population(index, rows, spec)
+    draws = rank_draws(
+        videos, spec, seed=seed, batch_size=batch_size, rank=rank, world_size=world_size, start_step=start_step
+    )
+    return ReferenceLoader(Source(index, spec), draws, num_batches=None, num_left_out=videos.num_left_out)
+
+
+def test_loader(
+    index: Index,
+    rows: Ints,
+    spec: StreamSpec,
+    *,
+    num_taus: int = 25,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    **_: Any,
+) -> ReferenceLoader:
+    """As `dali_loader.test_loader`, on the CPU; its device, num_threads and graph are ignored."""
+    pairs = num_view_batches(len(rows) * num_taus, batch_size, world_size)
+    draws = enumerate_views(
+        index, rows, spec, num_taus=num_taus, batch_size=batch_size, rank=rank, world_size=world_size
+    )
+    return ReferenceLoader(Source(index, spec), draws, num_batches=pairs * len(VIEWS))
+
+
+test_loader.__test__ = False  # type: ignore[attr-defined]

@@ -1,0 +1,170 @@
+"""Damaged shards in batches large enough to end the process if the decoder ever saw them: always an error that names
+shard, member and offset, and never a wrong tensor."""
+
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from flow.codec import encode_component
+from flow.index import build_index
+from flow.shard import ShardError
+from loaders import dali_loader
+from loaders.batch import StreamSpec
+from loaders.draw import draw_batch, population
+from loaders.index import open_index
+
+SPEC = StreamSpec(stream="temporal", L=10, crop_px=56)
+BATCH = 64  # 1,280 JPEGs
+
+
+@pytest.fixture
+def copy(packed, tmp_path):
+    return shutil.copytree(packed, tmp_path / "set")
+
+
+def first_member(index, kind="dx"):
+    """A member that the first batch of seed 0 holds: (shard's path, offset, size, image within the batch)."""
+    spec = SPEC if kind != "rgb" else StreamSpec(stream="spatial", crop_px=56)
+    draw = draw_batch(0, 0, population(index, index.split("split1_train"), spec), spec, BATCH)
+    row = index.first_row[draw.video[40]] + draw.tau[40]
+    entry = index.entries[kind][row]
+    return index.root / index.shards[index.shard[draw.video[40]]], int(entry["offset"]), int(entry["size"])
+
+
+def overwrite(path, offset, content):
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        file.write(content)
+
+
+def load_first(root, spec=SPEC):
+    index = open_index(root)
+    loader = dali_loader.train_loader(index, index.split("split1_train"), spec, seed=0, batch_size=BATCH)
+    with loader:
+        return next(loader)
+
+
+HEADER = (0, b"\x00" * 64)
+SCAN = (-200, b"\x00" * 100)
+CUT = (-400, b"\x00" * 400)
+SIZE = (90, b"\xff\xc0\x00\x0b\x08\xff\xff\xff\xff")
+
+
+@pytest.mark.parametrize("kind", ["dx", "dy", "rgb"])
+@pytest.mark.parametrize("at, content", [HEADER, SCAN, CUT, SIZE], ids=["header", "scan", "cut", "size"])
+def test_damaged_bytes_are_named(copy, kind, at, content):
+    path, offset, size = first_member(open_index(copy), kind)
+    overwrite(path, offset + (at if at >= 0 else size + at), content)
+    spec = SPEC if kind != "rgb" else StreamSpec(stream="spatial", crop_px=56)
+    with pytest.raises(ShardError, match=rf"{path.name}: .*\.{kind}\.jpg at offset {offset}: damaged"):
+        load_first(copy, spec)
+
+
+def repack_with(copy, kind_bytes):
+    """Replace a member by other bytes *with* a fitting CRC in the index, as a broken writer would have left it."""
+    index = open_index(copy)
+    path, offset, size = first_member(index)
+    content = kind_bytes(size)
+    overwrite(path, offset, content)
+    # the index file is little-endian and packed: patch the CRC-32 of this member in place
+    import zlib
+
+    index_file = copy / "index.bin"
+    raw = bytearray(index_file.read_bytes())
+    key = np.array([(offset, size)], [("o", "<u8"), ("s", "<u4")]).tobytes()
+    place = [m.start() for m in re.finditer(re.escape(key), bytes(raw))]
+    assert len(place) == 1 or index.shards[0] == path.name
+    for at in place[:1] if index.shards[0] == path.name else place:
+        raw[at + 12 : at + 16] = zlib.crc32(content).to_bytes(4, "little")
+    index_file.write_bytes(raw)
+    return path, offset
+
+
+@pytest.fixture
+def one_shard(tmp_path, arrays):
+    from tests.conftest import pack_arrays
+
+    return pack_arrays(tmp_path / "one", arrays, videos_per_shard=100)
+
+
+def test_a_jpeg_of_another_size_never_reaches_the_decoder(one_shard):
+    """Its CRC is right, but the region would lie outside the image, which ends the process inside the decoder."""
+    small = encode_component(np.zeros((16, 16), np.float32), open_index(one_shard).codec).jpeg
+    path, offset = repack_with(one_shard, lambda size: small + bytes(size - len(small)))
+    with pytest.raises(ShardError, match=rf"{path.name}: .*at offset {offset}: a JPEG of 16x16 px and 1 channels"):
+        load_first(one_shard)
+
+
+def test_an_undecodable_scan_is_named_though_its_crc_is_right(one_shard):
+    """What the source cannot see, the decoder reports by the image's number in the batch; that becomes the member."""
+    index = open_index(one_shard)
+    path, offset, size = first_member(index)
+    original = path.read_bytes()[offset : offset + size]
+    path, offset = repack_with(one_shard, lambda size: original[: size // 2])
+    # a scan cut in half: pad the file's bytes stay, but the member's size says half
+    index_file = one_shard / "index.bin"
+    raw = index_file.read_bytes()
+    key = np.array([(offset, size)], [("o", "<u8"), ("s", "<u4")]).tobytes()
+    half = np.array([(offset, size // 2)], [("o", "<u8"), ("s", "<u4")]).tobytes()
+    assert raw.count(key) == 1
+    index_file.write_bytes(raw.replace(key, half))
+    with pytest.raises(ShardError, match=rf"{path.name}: .*\.dx\.jpg at offset {offset}: no decodable JPEG"):
+        load_first(one_shard)
+
+
+def test_after_an_error_the_same_step_can_be_replayed(copy, packed):
+    path, offset, size = first_member(open_index(copy))
+    good = path.read_bytes()[offset : offset + size]
+    overwrite(path, offset, bytes(32))
+    for _ in range(3):
+        with pytest.raises(ShardError, match="damaged"):
+            load_first(copy)
+    overwrite(path, offset, good)
+    assert torch.equal(load_first(copy).inputs, load_first(packed).inputs)
+
+
+def test_a_shard_that_is_missing_or_cut_is_named(copy):
+    path = copy / "shard-000001.tar"
+    content = path.read_bytes()
+    path.write_bytes(content[:-5000])
+    with pytest.raises(ShardError, match=rf"shard-000001.tar: {len(content) - 5000} bytes, dataset.json says"):
+        open_index(copy)
+    path.unlink()
+    with pytest.raises(ShardError, match="shard-000001.tar: missing"):
+        open_index(copy)
+
+
+def test_an_index_of_other_shards_is_refused(copy, tmp_path, arrays):
+    from tests.conftest import pack_arrays
+
+    other = pack_arrays(tmp_path / "other", dict(list(arrays.items())[:2]))
+    shutil.copy(other / "index.bin", copy / "index.bin")
+    with pytest.raises(ShardError, match="lists other shards than dataset.json"):
+        open_index(copy)
+    (copy / "index.bin").write_bytes(b"2STREAM1" + bytes(100))
+    with pytest.raises(ShardError, match="is damaged: .*--rebuild-index"):
+        open_index(copy)
+    (copy / "index.bin").unlink()
+    with pytest.raises(ShardError, match="No index at"):
+        open_index(copy)
+
+
+@pytest.mark.parametrize("part", ["tar header", "json", "name"])
+def test_a_damaged_tar_is_not_taken_for_a_short_one(copy, part):
+    path = copy / "shard-000000.tar"
+    content = bytearray(path.read_bytes())
+    at = {"tar header": content.rfind(b"ustar") - 257 + 148, "json": 520, "name": content.rfind(b"ustar") - 257}[part]
+    content[at : at + 4] = b"\xff\xfe\xfd\xfc"
+    path.write_bytes(content)
+    with pytest.raises(ShardError, match=r"shard-000000.tar: .*offset \d+"):
+        build_index(copy)
+
+
+def test_another_encoding_is_refused(copy):
+    text = (copy / "dataset.json").read_text()
+    (copy / "dataset.json").write_text(text.replace('"version": 1', '"version": 2'))
+    with pytest.raises(ValueError, match="encoded with linear-jpeg version 2"):
+        open_index(copy)

@@ -1,0 +1,216 @@
+"""Loaders: the DALI graph against the reference, contracts of training and test batches, both streams."""
+
+import numpy as np
+import pytest
+import torch
+
+from flow import fields as oracle
+from flow.codec import Codec
+from loaders import dali_loader, reference
+from loaders.batch import FLOW_SCALE, RGB_MEAN, RGB_STD, StreamSpec
+from loaders.draw import VIEWS
+from loaders.index import open_index
+from loaders.pipeline import Graph
+from tests.conftest import pack_arrays
+
+SPECS = [
+    StreamSpec(stream="spatial", crop_px=56),
+    StreamSpec(stream="temporal", L=3, crop_px=56),
+    StreamSpec(stream="temporal", L=10, crop_px=64, subtract_mean=False),
+]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def take(loader, n):
+    with loader:
+        return [next(loader) for _ in range(n)]
+
+
+def to_codes(batch, spec, index):
+    """A batch's inputs as grey levels or multiples of the coarsest code, so that tolerances read in codes."""
+    inputs = batch.inputs.cpu().numpy()
+    if spec.stream == "spatial":
+        return inputs * RGB_STD[:, None, None]
+    widest = max((index.entries[kind]["hi"] - index.entries[kind]["lo"]).max() for kind in spec.kinds)
+    return inputs / FLOW_SCALE / (widest / 255)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.stream}{s.L}")
+def test_training_batches_equal_the_reference(packed, spec, device):
+    index = open_index(packed)
+    rows = index.split("split1_train")
+    options = dict(seed=3, batch_size=24, start_step=5)
+    ours = take(dali_loader.train_loader(index, rows, spec, device=device, **options), 4)
+    plain = take(reference.train_loader(index, rows, spec, **options), 4)
+    for a, b in zip(ours, plain, strict=True):
+        assert a.inputs.shape == (24, spec.num_channels, spec.crop_px, spec.crop_px)
+        assert a.inputs.dtype == torch.float32 and a.inputs.device.type == device
+        assert (a.videos == b.videos).all() and (a.tau == b.tau).all() and a.valid.all()
+        assert torch.equal(a.labels.cpu(), b.labels)
+        tolerance = 2.01 if device == "cuda" else 1e-3
+        assert np.abs(to_codes(a, spec, index) - to_codes(b, spec, index)).max() < tolerance
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("spec", SPECS[:2], ids=lambda s: s.stream)
+def test_test_views_equal_the_reference(packed, spec, device):
+    index = open_index(packed)
+    rows = index.split("split1_test")
+    options = dict(num_taus=3, batch_size=8)
+    plain = list(reference.test_loader(index, rows, spec, **options))
+    with dali_loader.test_loader(index, rows, spec, device=device, **options) as loader:
+        assert len(loader) == len(plain) == 10 * -(-len(rows) * 3 // 8)
+        for a, b in zip(loader, plain, strict=True):
+            assert (a.videos == b.videos).all() and (a.tau == b.tau).all() and (a.valid == b.valid).all()
+            tolerance = 2.01 if device == "cuda" else 1e-3
+            assert np.abs(to_codes(a, spec, index) - to_codes(b, spec, index)).max() < tolerance
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_whole_frame_decoding_equals_region_decoding(packed, device):
+    index = open_index(packed)
+    rows, spec = index.split("split1_train"), SPECS[1]
+    graphs = [Graph(device=device, region=region) for region in (True, False)]
+    options = dict(seed=0, batch_size=16)
+    (a,), (b,) = (take(dali_loader.train_loader(index, rows, spec, graph=g, **options), 1) for g in graphs)
+    assert torch.equal(a.inputs, b.inputs)
+
+
+def test_batches_stay_valid_after_later_ones(packed):
+    index = open_index(packed)
+    loader = dali_loader.train_loader(index, index.split("split1_train"), SPECS[1], seed=0, batch_size=8)
+    batches = []
+    with loader:
+        for _ in range(6):
+            batch = next(loader)
+            batches.append((batch, batch.inputs.clone()))
+    assert all(torch.equal(batch.inputs, copy) for batch, copy in batches)
+    assert not torch.equal(batches[0][1], batches[1][1])
+
+
+def test_inputs_are_the_packed_fields_in_pixels(packed, arrays):
+    """Against the arrays that were packed, not against another decoder: order of channels, crop, mean, unit."""
+    index = open_index(packed)
+    spec = StreamSpec(stream="temporal", L=4, crop_px=60, random_mirror=False)
+    (batch,) = take(dali_loader.train_loader(index, index.split("split1_train"), spec, seed=1, batch_size=32), 1)
+    from loaders.draw import draw_batch, population
+
+    draw = draw_batch(1, 0, population(index, index.split("split1_train"), spec), spec, 32)
+    for i, video_id in enumerate(index.video_ids(batch.videos)):
+        fields = arrays[video_id][1]
+        subtracted = np.stack([oracle.subtract_mean(field) for field in fields])
+        y0, x0 = draw.crop[i]
+        expected = oracle.stack_fields(subtracted, int(batch.tau[i]), 4)[:, y0 : y0 + 60, x0 : x0 + 60]
+        error = np.abs(batch.inputs[i].numpy() / FLOW_SCALE - expected)
+        assert error.mean() < 0.05 and error.max() < 0.5, video_id
+
+
+def test_every_rank_and_world_size_sees_the_same_global_batches(packed):
+    index = open_index(packed)
+    rows, spec = index.split("split1_train"), SPECS[1]
+    whole = take(dali_loader.train_loader(index, rows, spec, seed=9, batch_size=12), 3)
+    for world_size in (2, 3):
+        parts = [
+            take(
+                dali_loader.train_loader(
+                    index, rows, spec, seed=9, batch_size=12, rank=rank, world_size=world_size
+                ),
+                3,
+            )
+            for rank in range(world_size)
+        ]
+        for step in range(3):
+            assert torch.equal(torch.cat([part[step].inputs for part in parts]), whole[step].inputs)
+
+
+def test_a_resumed_loader_continues_the_sequence(packed):
+    index = open_index(packed)
+    rows, spec = index.split("split1_train"), SPECS[0]
+    whole = take(dali_loader.train_loader(index, rows, spec, seed=2, batch_size=8), 5)
+    rest = take(dali_loader.train_loader(index, rows, spec, seed=2, batch_size=8, start_step=3), 2)
+    assert all(torch.equal(a.inputs, b.inputs) for a, b in zip(whole[3:], rest, strict=True))
+
+
+def test_short_videos_are_left_out_of_training_and_repeat_their_last_field_in_tests(packed):
+    index = open_index(packed)
+    rows, spec = index.split("split1_train"), StreamSpec(stream="temporal", L=5, crop_px=60)
+    (short,) = index.rows(["walk/short"])  # 4 frames, 3 fields
+    loader = dali_loader.train_loader(index, rows, spec, seed=0, batch_size=64)
+    assert loader.num_left_out == 1
+    assert short not in take(loader, 1)[0].videos
+    (batch, *_) = list(dali_loader.test_loader(index, np.array([short]), spec, num_taus=1, batch_size=1))
+    stack = batch.inputs[0].reshape(5, 2, 60, 60)
+    assert torch.equal(stack[2], stack[3]) and torch.equal(stack[2], stack[4])
+    assert not torch.equal(stack[1], stack[2])
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_every_view_of_every_video_comes_exactly_once(packed, world_size):
+    index = open_index(packed)
+    rows, spec = index.split("split1_test"), SPECS[1]
+    counts = {}
+    lengths = set()
+    for rank in range(world_size):
+        with dali_loader.test_loader(
+            index, rows, spec, num_taus=4, batch_size=5, rank=rank, world_size=world_size
+        ) as loader:
+            batches = list(loader)
+            lengths.add(len(batches))
+            assert len(batches) == len(loader)
+        for view, batch in enumerate(batches):
+            for video, tau in zip(batch.videos[batch.valid], batch.tau[batch.valid], strict=True):
+                counts[video, tau, view % 10] = counts.get((video, tau, view % 10), 0) + 1
+    assert len(lengths) == 1
+    per_video = {video: sum(n for (v, _, _), n in counts.items() if v == video) for video in rows}
+    assert set(per_video.values()) == {40}
+    assert {video for video, _, _ in counts} == set(rows)
+
+
+def test_mirrored_view_is_the_mirrored_field(packed):
+    """View k + 5 is view k of the mirrored video, whose left corners are the right ones: flipped, dx negated."""
+    index = open_index(packed)
+    spec = StreamSpec(stream="temporal", L=2, crop_px=60)
+    views = list(dali_loader.test_loader(index, index.rows(["walk/wide"]), spec, num_taus=1, batch_size=1))
+    for k in range(5):
+        y, x, _ = VIEWS[k]
+        assert VIEWS[k + 5] == (y, x, True)
+        plain, mirrored = views[k].inputs[0].numpy(), views[k + 5].inputs[0].numpy()
+        expected = np.concatenate([oracle.mirror_field(field) for field in plain.reshape(2, 2, 60, 60)])
+        assert np.allclose(mirrored, expected, atol=1e-5)
+
+
+def test_a_fixed_range_and_a_still_field_survive(tmp_path):
+    """A component without any motion has no range; dequantisation must not divide by it."""
+    frames = np.full((6, 64, 64, 3), 77, np.uint8)
+    still = np.zeros((5, 2, 64, 64), np.float32)
+    moving = still + np.array([3.0, -1.5], np.float32)[:, None, None]
+    for name, codec in (("own", Codec()), ("fixed", Codec(range="fixed", bound_px=20.0))):
+        root = pack_arrays(tmp_path / name, {"a/still": (frames, still), "b/moving": (frames, moving)}, codec)
+        index = open_index(root)
+        spec = StreamSpec(stream="temporal", L=5, crop_px=64, subtract_mean=False, random_mirror=False)
+        loader = dali_loader.train_loader(index, index.split("split1_train"), spec, seed=0, batch_size=8)
+        (batch,) = take(loader, 1)
+        for values, video_id in zip(batch.inputs.numpy() / FLOW_SCALE, index.video_ids(batch.videos), strict=True):
+            expected = still if video_id == "a/still" else moving
+            tolerance = 20 / 255 + 1e-4 if name == "fixed" else 2e-3
+            assert np.abs(values.reshape(5, 2, 64, 64) - expected).max() <= tolerance
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused(packed):
+    index = open_index(packed)
+    with pytest.raises(ValueError, match="batch of 10 cannot be shared evenly by 4"):
+        dali_loader.train_loader(
+            index, index.split("split1_train"), SPECS[0], seed=0, batch_size=10, rank=0, world_size=4
+        )
+
+
+def test_a_crop_larger_than_a_video_is_refused(packed):
+    index = open_index(packed)
+    spec = StreamSpec(stream="spatial", crop_px=224)
+    with pytest.raises(ValueError, match="cannot hold crops of 224 px"):
+        dali_loader.train_loader(index, index.split("split1_train"), spec, seed=0, batch_size=4)
+    with pytest.raises(ValueError, match="None of 6 training videos has the 201 frames"):
+        dali_loader.train_loader(
+            index, index.split("split1_train"), StreamSpec(stream="temporal", L=200, crop_px=60), seed=0, batch_size=4
+        )
