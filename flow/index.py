@@ -39,7 +39,7 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 
 def scan_shards(root: Path, progress: Callable[[Path], object] | None = None) -> tuple[dict[str, Any], Arrays]:
-    """Header and arrays of the index, read from the tars of a folder. Raises ShardError for damaged or clashing ones."""
+    """Header and arrays of the index, read from a folder's tars. Raises ShardError for damaged or clashing ones."""
     paths = sorted(Path(root).glob("shard-*.tar"))
     if not paths:
         raise ShardError(f"{root} holds no shard-*.tar. Pack a data set there with `python -m flow.pack`.")

@@ -101,7 +101,7 @@ def check_video_id(video_id: str) -> None:
             )
         if part.startswith("__") and part.endswith("__"):
             raise ValueError(
-                f"Video id {video_id!r}: WebDataset readers skip names of the form __x__ like {part!r}. Rename the file."
+                f"Video id {video_id!r}: WebDataset readers skip names like {part!r}, of the form __x__. Rename it."
             )
 
 
@@ -228,9 +228,7 @@ def read_clips(path: Path) -> Iterator[ClipEntry]:
         entries = {kind: (column["first"], _entries(kind, column)) for kind, column in columns.items()}
         ranges = {kind: (first, len(array)) for kind, (first, array) in entries.items()}
         for kind, frame in _member_order(ranges):
-            expected = member_name(
-                header.video_id, header.first_frame // CLIP_FRAMES, kind, frame - header.first_frame
-            )
+            expected = member_name(header.video_id, header.first_frame // CLIP_FRAMES, kind, frame - header.first_frame)
             found = next(members, None)
             row = entries[kind][1][frame - ranges[kind][0]]
             if found is None or found[0] != expected or found[2] != row["size"]:
@@ -324,7 +322,7 @@ def _check_header(where: str, name: str, header: ClipHeader, columns: Any) -> No
 
 
 def _sound_column(kind: str, column: Any, header: ClipHeader) -> bool:
-    keys = {"first", *ENTRY[kind].names} - {"offset"}
+    keys = {"first", *(ENTRY[kind].names or ())} - {"offset"}
     if not isinstance(column, dict) or set(column) != keys or type(column["first"]) is not int:
         return False
     lists = [column[key] for key in keys - {"first"}]
@@ -333,7 +331,9 @@ def _sound_column(kind: str, column: Any, header: ClipHeader) -> bool:
         and header.first_frame <= column["first"]
         and column["first"] + len(lists[0]) <= header.first_frame + header.num_frames
         and all(type(v) is int and 0 <= v < 1 << 32 for key in ("size", "crc32") for v in column[key])
-        and all(isinstance(v, (int, float)) and np.isfinite(v) for key in keys & {"lo", "hi", "mean"} for v in column[key])
+        and all(
+            isinstance(v, (int, float)) and np.isfinite(v) for key in keys & {"lo", "hi", "mean"} for v in column[key]
+        )
     )
 
 

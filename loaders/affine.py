@@ -28,7 +28,7 @@ def image_affine(
     255 - c would be off by one code. Simonyan & Zisserman 2014, sec. 3.1 and 5.
     """
     if spec.stream == "spatial":
-        offset = alpha * PCA_STD @ PCA_VECTORS.T  # (n, 3) grey levels
+        offset = (alpha * PCA_STD @ PCA_VECTORS.T).astype(np.float32)  # (n, 3) grey levels
         return RGB_MEAN - offset, np.tile(RGB_STD, (len(offset), 1))
     lo, hi = entries["lo"].astype(np.float64), entries["hi"].astype(np.float64)
     step = (hi - lo) / 255  # px/frame a code; the codec never writes an empty range

@@ -1,6 +1,6 @@
-"""The loader: a reader thread that fetches and checks encoded bytes ahead, the DALI graph, and batches of torch tensors.
+"""The loader: a thread that reads and checks encoded bytes ahead, the DALI graph, and batches of torch tensors.
 
-    draw_batch(seed, step) ─ Source.read, in a thread ─ DALI graph, in its threads ─ Batch
+draw_batch(seed, step) ─ Source.read, in a thread ─ DALI graph, in its threads ─ Batch
 """
 
 import re
@@ -139,14 +139,16 @@ def train_loader(
 ) -> DaliLoader:
     """Endless training batches; item s is this rank's slice of global batch start_step + s.
 
-    rows: the training list, rows of the index. batch_size: of the *global* batch; each rank gets batch_size // world_size
-    samples. graph: overrides device and num_threads.
+    rows: the training list, rows of the index. batch_size: of the *global* batch; each rank gets its share of it,
+    batch_size // world_size samples. graph: overrides device and num_threads.
     Raises ValueError if the ranks cannot share the batch, or no video fits.
     """
     videos = population(index, rows, spec)
     return DaliLoader(
         Source(index, spec),
-        rank_draws(videos, spec, seed=seed, batch_size=batch_size, rank=rank, world_size=world_size, start_step=start_step),
+        rank_draws(
+            videos, spec, seed=seed, batch_size=batch_size, rank=rank, world_size=world_size, start_step=start_step
+        ),
         graph or default_graph(device, num_threads),
         batch_size // world_size,
         num_left_out=videos.num_left_out,
@@ -168,8 +170,8 @@ def test_loader(
 ) -> DaliLoader:
     """All test views of the listed videos, once: num_taus starts x 10 crops (sec. 5), dealt out to the ranks.
 
-    Batches come in tens: the views of VIEWS of the same batch_size (video, tau) pairs, which are decoded once. All ranks
-    get the same number of batches; padding has valid = False. batch_size is that of one rank.
+    Batches come in tens: the views of VIEWS of the same batch_size (video, tau) pairs, which are decoded once. All
+    ranks get the same number of batches; padding has valid = False. batch_size is that of one rank.
     """
     pairs = num_view_batches(len(rows) * num_taus, batch_size, world_size)
     draws = enumerate_views(

@@ -86,7 +86,9 @@ class Index:
         try:
             return np.array([self._row_of[video_id] for video_id in video_ids], np.int64)
         except KeyError as error:
-            raise ValueError(f"{self.root} holds no video {error}. Check the split file, or pack the set again.") from None
+            raise ValueError(
+                f"{self.root} holds no video {error}. Check the split file, or pack the set again."
+            ) from None
 
     def splits(self) -> list[str]:
         """Names of the lists in splits/, such as "split1_train"."""

@@ -41,7 +41,7 @@ class Graph:
     def __post_init__(self) -> None:
         if self.device not in ("cpu", "cuda") or self.decoder not in ("cpu", "mixed"):
             raise ValueError(
-                f"device={self.device!r}, decoder={self.decoder!r}: device is 'cpu' or 'cuda', decoder 'cpu' or 'mixed'."
+                f"device={self.device!r} is 'cpu' or 'cuda', decoder={self.decoder!r} is 'cpu' or 'mixed'."
             )
         if self.device == "cpu" and self.decoder == "mixed":
             raise ValueError("decoder='mixed' decodes on a GPU; with device='cpu' take decoder='cpu'.")

@@ -23,7 +23,7 @@ _NUM_IMAGES = 640
 
 
 def default_graph(device: str, num_threads: int) -> Graph:
-    """Graph for a device: on the CPU its decoder, on a GPU the first of (region, whole frame, CPU decoder) that works."""
+    """Graph for a device. On a GPU: region decoding there, else of whole frames there, else on the CPU; what works."""
     if device == "cpu":
         return Graph(num_threads=num_threads)
     for decoder, region in (("mixed", True), ("mixed", False), ("cpu", True)):

@@ -1,4 +1,4 @@
-"""The same contract as `dali_loader`, written plainly with OpenCV and numpy: the oracle in tests, a row in benchmarks."""
+"""The contract of `dali_loader` again, in plain OpenCV and numpy: the oracle in tests, a row in benchmarks."""
 
 from collections.abc import Iterator
 from types import TracebackType
@@ -60,7 +60,7 @@ class ReferenceLoader:
                 yield self._batch(draw, windows)
 
     def _samples(self, encoded: Encoded) -> list[Array]:
-        """Each sample's whole frame (3, H, W) in grey levels, or stack of fields (L, 2, H, W) in px/frame, mean subtracted."""
+        """Each sample's whole frame (3, H, W) in grey levels, or its fields (L, 2, H, W) in px/frame less their means."""
         spec = self._source.spec
         images = [image.tobytes() for image in encoded.images]
         if spec.stream == "spatial":

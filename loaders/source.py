@@ -80,7 +80,7 @@ class Source:
     def frames(self, draw: Draw) -> npt.NDArray[np.int64]:
         """Frame numbers (n, steps) of the drawn samples. A video too short for L repeats its last field.
 
-            num_frames = 4, L = 5, tau = 0     fields 0 1 2 2 2
+        num_frames = 4, L = 5, tau = 0     fields 0 1 2 2 2
         """
         last = self.index.num_frames[draw.video] - (1 if self.spec.stream == "spatial" else 2)
         return np.minimum(draw.tau[:, None] + np.arange(self.spec.steps), last[:, None])
@@ -103,7 +103,13 @@ class Source:
             while step < len(clips):
                 stop = step + clips[step:].count(clips[step])
                 images += self._read_run(
-                    draw, sample, frames[sample], step, entries[sample, step:stop], begins[sample][step], ends[sample][stop - 1]
+                    draw,
+                    sample,
+                    frames[sample],
+                    step,
+                    entries[sample, step:stop],
+                    begins[sample][step],
+                    ends[sample][stop - 1],
                 )
                 step = stop
         return Encoded(images, entries, draw)
@@ -116,7 +122,9 @@ class Source:
         shard = int(self.index.shard[video])
         kinds = len(self.spec.kinds)
         if end > self.index.shard_bytes[shard]:
-            raise ShardError(f"{self.where(draw, sample, step * kinds)}: the index points beyond the shard's end. {_REBUILD}")
+            raise ShardError(
+                f"{self.where(draw, sample, step * kinds)}: the index points beyond the shard's end. {_REBUILD}"
+            )
         content = memoryview(os.pread(self._file(shard), end - begin, begin))
         expected = (int(self.index.heights[video]), int(self.index.widths[video]), 3 if kinds == 1 else 1)
         flat = entries.reshape(-1)

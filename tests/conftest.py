@@ -21,13 +21,13 @@ from flow.shard import (
     write_json,
 )
 
+PER_FIELD = Codec()
+
 
 def smooth_noise(rng, shape, scale=1.0):
     """Smooth random image of mean 0 and about the given standard deviation, from a few random waves."""
     y, x = np.mgrid[: shape[0], : shape[1]].astype(np.float32)
-    waves = [
-        np.sin(x * rng.uniform(-0.3, 0.3) + y * rng.uniform(-0.3, 0.3) + rng.uniform(0, 6.3)) for _ in range(6)
-    ]
+    waves = [np.sin(x * rng.uniform(-0.3, 0.3) + y * rng.uniform(-0.3, 0.3) + rng.uniform(0, 6.3)) for _ in range(6)]
     return (scale * np.sum(waves, axis=0) / np.sqrt(3)).astype(np.float32)
 
 
@@ -48,7 +48,7 @@ def random_video(rng, num_frames, height, width):
     return frames, fields
 
 
-def write_video(file, video_id, class_name, frames, fields, codec=Codec(), backward=None):
+def write_video(file, video_id, class_name, frames, fields, codec=PER_FIELD, backward=None):
     """Write a video's clips into a fragment. backward (T-1, 2, H, W): b_1 .. b_{T-1}."""
     check_video_id(video_id)
     height, width = frames.shape[1:3]
@@ -67,7 +67,7 @@ def write_video(file, video_id, class_name, frames, fields, codec=Codec(), backw
         write_clip(file, Clip(video_id, class_name, height=height, width=width, members=members, **header))
 
 
-def pack_arrays(root: Path, videos: dict, codec=Codec(), splits=None, videos_per_shard=3):
+def pack_arrays(root: Path, videos: dict, codec=PER_FIELD, splits=None, videos_per_shard=3):
     """Pack {video id: (frames, fields) or (frames, fields, backward)} as a data set; the class is the first folder."""
     root.mkdir(parents=True)
     shards = []

@@ -1,20 +1,21 @@
 """Damaged shards in batches large enough to end the process if the decoder ever saw them: always an error that names
 shard, member and offset, and never a wrong tensor."""
 
-import re
 import shutil
+import zlib
 
 import numpy as np
 import pytest
 import torch
 
-from flow.codec import encode_component
+from flow.codec import Codec, encode_component
 from flow.index import build_index
-from flow.shard import ShardError
+from flow.shard import RGB_ENTRY, ShardError
 from loaders import dali_loader
 from loaders.batch import StreamSpec
 from loaders.draw import draw_batch, population
 from loaders.index import open_index
+from tests.conftest import pack_arrays
 
 SPEC = StreamSpec(stream="temporal", L=10, crop_px=56)
 BATCH = 64  # 1,280 JPEGs
@@ -63,54 +64,37 @@ def test_damaged_bytes_are_named(copy, kind, at, content):
         load_first(copy, spec)
 
 
-def repack_with(copy, kind_bytes):
-    """Replace a member by other bytes *with* a fitting CRC in the index, as a broken writer would have left it."""
-    index = open_index(copy)
-    path, offset, size = first_member(index)
-    content = kind_bytes(size)
-    overwrite(path, offset, content)
-    # the index file is little-endian and packed: patch the CRC-32 of this member in place
-    import zlib
-
-    index_file = copy / "index.bin"
-    raw = bytearray(index_file.read_bytes())
-    key = np.array([(offset, size)], [("o", "<u8"), ("s", "<u4")]).tobytes()
-    place = [m.start() for m in re.finditer(re.escape(key), bytes(raw))]
-    assert len(place) == 1 or index.shards[0] == path.name
-    for at in place[:1] if index.shards[0] == path.name else place:
-        raw[at + 12 : at + 16] = zlib.crc32(content).to_bytes(4, "little")
-    index_file.write_bytes(raw)
-    return path, offset
-
-
 @pytest.fixture
 def one_shard(tmp_path, arrays):
-    from tests.conftest import pack_arrays
-
     return pack_arrays(tmp_path / "one", arrays, videos_per_shard=100)
+
+
+def replace_member(root, content):
+    """Put other bytes in a member's place and make the index agree, as a broken writer would have left it."""
+    path, offset, size = first_member(open_index(root))
+    overwrite(path, offset, content)
+    index = root / "index.bin"
+    raw = index.read_bytes()
+    entry = np.zeros(1, RGB_ENTRY)  # the first half of a field's entry, too
+    entry["offset"], entry["size"] = offset, size
+    at = raw.index(entry.tobytes()[:12])
+    entry["size"], entry["crc32"] = len(content), zlib.crc32(content)
+    overwrite(index, at, entry.tobytes())
+    return path, offset
 
 
 def test_a_jpeg_of_another_size_never_reaches_the_decoder(one_shard):
     """Its CRC is right, but the region would lie outside the image, which ends the process inside the decoder."""
-    small = encode_component(np.zeros((16, 16), np.float32), open_index(one_shard).codec).jpeg
-    path, offset = repack_with(one_shard, lambda size: small + bytes(size - len(small)))
+    small = encode_component(np.zeros((16, 16), np.float32), Codec()).jpeg
+    path, offset = replace_member(one_shard, small)
     with pytest.raises(ShardError, match=rf"{path.name}: .*at offset {offset}: a JPEG of 16x16 px and 1 channels"):
         load_first(one_shard)
 
 
 def test_an_undecodable_scan_is_named_though_its_crc_is_right(one_shard):
     """What the source cannot see, the decoder reports by the image's number in the batch; that becomes the member."""
-    index = open_index(one_shard)
-    path, offset, size = first_member(index)
-    original = path.read_bytes()[offset : offset + size]
-    path, offset = repack_with(one_shard, lambda size: original[: size // 2])
-    # a scan cut in half: pad the file's bytes stay, but the member's size says half
-    index_file = one_shard / "index.bin"
-    raw = index_file.read_bytes()
-    key = np.array([(offset, size)], [("o", "<u8"), ("s", "<u4")]).tobytes()
-    half = np.array([(offset, size // 2)], [("o", "<u8"), ("s", "<u4")]).tobytes()
-    assert raw.count(key) == 1
-    index_file.write_bytes(raw.replace(key, half))
+    path, offset, size = first_member(open_index(one_shard))
+    replace_member(one_shard, path.read_bytes()[offset : offset + size // 2])
     with pytest.raises(ShardError, match=rf"{path.name}: .*\.dx\.jpg at offset {offset}: no decodable JPEG"):
         load_first(one_shard)
 
@@ -138,8 +122,6 @@ def test_a_shard_that_is_missing_or_cut_is_named(copy):
 
 
 def test_an_index_of_other_shards_is_refused(copy, tmp_path, arrays):
-    from tests.conftest import pack_arrays
-
     other = pack_arrays(tmp_path / "other", dict(list(arrays.items())[:2]))
     shutil.copy(other / "index.bin", copy / "index.bin")
     with pytest.raises(ShardError, match="lists other shards than dataset.json"):

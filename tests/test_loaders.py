@@ -7,7 +7,7 @@ import torch
 from flow import fields as oracle
 from flow.codec import Codec
 from loaders import dali_loader, reference
-from loaders.batch import FLOW_SCALE, RGB_MEAN, RGB_STD, StreamSpec
+from loaders.batch import FLOW_SCALE, RGB_STD, StreamSpec
 from loaders.draw import VIEWS
 from loaders.index import open_index
 from loaders.pipeline import Graph
@@ -113,9 +113,7 @@ def test_every_rank_and_world_size_sees_the_same_global_batches(packed):
     for world_size in (2, 3):
         parts = [
             take(
-                dali_loader.train_loader(
-                    index, rows, spec, seed=9, batch_size=12, rank=rank, world_size=world_size
-                ),
+                dali_loader.train_loader(index, rows, spec, seed=9, batch_size=12, rank=rank, world_size=world_size),
                 3,
             )
             for rank in range(world_size)

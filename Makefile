@@ -1,0 +1,36 @@
+# make demo, make test: each installs what it needs into .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := demo
+
+.PHONY: help install demo test check bench clean
+
+help:                ## show this list
+	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/'
+
+install: .venv/installed ## create .venv and install the package with pinned versions
+
+.venv/installed: setup.py constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/python -c 'from flow.video import import_cv2; import_cv2()'
+	@touch $@
+
+demo: install        ## generate videos, pack them, train both streams, test, fuse, print the table (no data needed)
+	$(BIN)/python -m flow.demo --out $(DEMO)/videos
+	$(BIN)/python -m flow.pack --videos $(DEMO)/videos --splits $(DEMO)/videos/splits --dataset ucf101 --size 64 --out $(DEMO)/packed
+	$(BIN)/python -m train.launch --gpus 0 --config demo --run $(DEMO)/run data.root=$(DEMO)/packed
+
+test: install        ## run the test suite (TWOSTREAM_DATA=folder adds the tests on real clips)
+	$(BIN)/python -m pytest -q
+
+check: install       ## lint and type check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: install       ## measure the loader's throughput beside its peers and ceilings
+	$(BIN)/python benchmarks/loader_throughput.py
+
+clean:               ## remove .venv and what demo made
+	rm -rf .venv $(DEMO)

@@ -1,0 +1,69 @@
+"""What every benchmark writes beside its figures: machine, versions, commit; and how it writes them."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+sys.path.insert(0, str(ROOT))  # a benchmark runs from the checkout, installed or not
+
+_PACKAGES = ("torch", "nvidia-dali-cuda120", "nvidia-nvimgcodec-cu12", "opencv-contrib-python", "numpy", "webdataset")
+
+
+def describe() -> dict[str, Any]:
+    """{machine, versions, commit} of this run."""
+    return {"machine": _machine(), "versions": _versions(), "commit": _commit()}
+
+
+def _machine() -> dict[str, Any]:
+    import torch
+
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {"cpu": model, "cores": len(os.sched_getaffinity(0)), "gpus": gpus, "system": platform.system()}
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed as a distribution"
+    return found
+
+
+def _commit() -> str:
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+    return (git("rev-parse", "HEAD") or "unknown") + (" with changes" if git("status", "--porcelain") else "")
+
+
+def write_result(path: Path, config: dict[str, Any], **content: Any) -> None:
+    """Write {machine, versions, commit, config, ...} as JSON; the file is whole or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps({**describe(), "config": config, **content}, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def demo_set(folder: Path, size_px: int = 256) -> Path:
+    """Generate and pack a small demo set at the paper's frame size, once; its folder."""
+    from flow import demo, pack
+
+    packed = folder / "packed"
+    if not (packed / "dataset.json").exists():
+        demo.generate(folder / "videos", num_train=2, num_test=1, num_frames=40)
+        arguments = {"--videos": folder / "videos", "--out": packed, "--size": size_px, "--dataset": "ucf101"}
+        arguments["--splits"] = folder / "videos" / "splits"
+        if pack.main([str(part) for pair in arguments.items() for part in pair]):
+            raise RuntimeError(f"packing the demo set in {folder} failed; its messages stand above")
+    return packed

@@ -1,0 +1,151 @@
+"""Decode rate of every decoder the graph can use, and whether its pixels agree with the CPU's.
+
+    python benchmarks/decode_rates.py [--data PACKED] [--device cuda] [--quick]
+
+Cases: CPU decoder; GPU decoder (`mixed`) of whole frames; GPU decoder of the crop's region; each at several batch
+sizes. A GPU decoder may end its process, so each case runs in one of its own, and each result is on disk at once. A
+case runs the training graph over the same draws without reading (bytes are resident), so its rate is that of decoding
+and the affine map. max_code_difference is against the CPU's decoder, in 8-bit codes of the widest range in the batch.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import cycle, product
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from common import RESULTS, demo_set, write_result
+
+import numpy as np  # isort: skip
+
+from loaders.batch import FLOW_SCALE, RGB_STD, StreamSpec
+from loaders.draw import population, rank_draws
+from loaders.index import open_index
+from loaders.pipeline import Graph, train_inputs, train_pipeline
+from loaders.source import Encoded, Source
+
+DECODERS = {"cpu": [("cpu", True), ("cpu", False)], "cuda": [("cpu", True), ("mixed", False), ("mixed", True)]}
+
+
+def read_batches(root: Path, split: str, spec: StreamSpec, batch_size: int, count: int) -> list[Encoded]:
+    index = open_index(root)
+    videos = population(index, index.split(split), spec)
+    draws = rank_draws(videos, spec, seed=0, batch_size=batch_size, rank=0, world_size=1, start_step=0)
+    source = Source(index, spec)
+    return [source.read(next(draws)) for _ in range(count)]
+
+
+def codes_of_widest_range(inputs: np.ndarray, encoded: Encoded, spec: StreamSpec) -> np.ndarray:
+    """Network inputs (m, c, h, w) in units of one code."""
+    if spec.stream == "spatial":
+        return inputs * RGB_STD[:, None, None]
+    return inputs / FLOW_SCALE / (float((encoded.entries["hi"] - encoded.entries["lo"]).max()) / 255)
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """One case, in this process."""
+    spec = StreamSpec(stream=options.stream, L=options.L, crop_px=options.crop_px)
+    encoded = read_batches(options.data, options.split, spec, options.batch_size, 3)
+    inputs = [train_inputs(batch, spec) for batch in encoded]
+
+    def first_batch(graph: Graph) -> np.ndarray:
+        (output,) = train_pipeline(spec, graph, options.batch_size, lambda: inputs[0]).run()
+        return np.asarray((output.as_cpu() if graph.device == "cuda" else output).as_tensor())
+
+    graph = Graph(options.device, options.decoder, bool(options.region), options.threads)
+    found, expected = first_batch(graph), first_batch(Graph(num_threads=options.threads))
+    difference = np.abs(codes_of_widest_range(found - expected, encoded[0], spec)).max()
+
+    endless = cycle(inputs)
+    pipeline = train_pipeline(spec, graph, options.batch_size, lambda: next(endless))
+    for _ in range(3):
+        pipeline.run()
+    rates = []
+    for _ in range(options.rounds):
+        start, count = time.perf_counter(), 0
+        while time.perf_counter() - start < options.seconds:
+            pipeline.run()  # host-synchronous: the batch is complete when it returns
+            count += 1
+        rates.append(count * options.batch_size * spec.num_images / (time.perf_counter() - start))
+    return {
+        "max_code_difference": float(difference),
+        "images_per_s": {"median": median(rates), "min": min(rates), "max": max(rates)},
+        "samples_per_s": median(rates) / spec.num_images,
+    }
+
+
+def run_case(case: dict[str, Any], options: argparse.Namespace, data: Path) -> dict[str, Any]:
+    """One case in a process of its own; one that crashes or hangs is a result, too."""
+    arguments = {**case, "data": data, "split": options.split, "L": options.L, "crop-px": options.crop_px}
+    arguments |= {"threads": options.threads, "rounds": options.rounds, "seconds": options.seconds}
+    command = [sys.executable, __file__, "--measure"]
+    command += [part for key, value in arguments.items() for part in (f"--{key.replace('_', '-')}", str(value))]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=options.timeout)
+    except subprocess.TimeoutExpired:
+        return {**case, "error": f"no result within {options.timeout} s"}
+    if result.returncode:
+        return {**case, "exit_code": result.returncode, "error": result.stderr.strip()[-800:]}
+    return {**case, **json.loads(result.stdout.splitlines()[-1])}
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    import os
+
+    parser = argparse.ArgumentParser(description="Decode rates and parity, each case in a process of its own.")
+    parser.add_argument("--data", type=Path, help="packed data set; default: the generated demo set")
+    parser.add_argument("--split", default="split1_train")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=1.5, help="per round")
+    parser.add_argument("--timeout", type=float, default=90, help="of one case, in seconds")
+    parser.add_argument("--quick", action="store_true", help="one short case a decoder: does it run?")
+    parser.add_argument("--out", type=Path, default=RESULTS / "decode_rates.json")
+    # Of one case, when this program calls itself:
+    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--stream", choices=["spatial", "temporal"], default="temporal", help=argparse.SUPPRESS)
+    parser.add_argument("--decoder", choices=["cpu", "mixed"], default="cpu", help=argparse.SUPPRESS)
+    parser.add_argument("--region", type=int, default=1, help=argparse.SUPPRESS)
+    parser.add_argument("--batch-size", type=int, default=64, help=argparse.SUPPRESS)
+    parser.add_argument("--L", type=int, default=10, help=argparse.SUPPRESS)
+    parser.add_argument("--crop-px", type=int, default=224, help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.quick:
+        options.rounds, options.seconds, options.L, options.crop_px = 1, 0.1, 2, 32
+    return options
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse(argv)
+    if options.measure:
+        print(json.dumps(measure(options)))
+        return 0
+    batch_sizes = (8,) if options.quick else (32, 64, 256)
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        data = options.data or demo_set(Path(folder))
+        config = {key: str(v) if isinstance(v, Path) else v for key, v in vars(options).items() if key != "out"}
+        for stream, batch_size, (decoder, region) in product(
+            ("temporal", "spatial"), batch_sizes, DECODERS[options.device]
+        ):
+            case = dict(
+                stream=stream, device=options.device, decoder=decoder, region=int(region), batch_size=batch_size
+            )
+            rows.append(run_case(case, options, data))
+            write_result(options.out, config, rows=rows)
+            row = rows[-1]
+            outcome = row.get("error") or (
+                f"{row['images_per_s']['median']:10.0f} images/s, differs by {row['max_code_difference']:.2f} codes"
+            )
+            print(f"{stream:9} {decoder:6} region={int(region)} batch={batch_size:4} {outcome}", flush=True)
+    return int(any("error" in row and row["decoder"] == "cpu" for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

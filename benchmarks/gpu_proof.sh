@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# Everything that only a GPU can prove, in order of value, each step in processes of its own:
+#
+#   benchmarks/gpu_proof.sh [--device cuda|cpu] [--data PACKED] [--out DIR] [--quick]
+#
+# Needs one GPU, Python, torch and DALI (on PYTHONPATH is enough); no network. A step that fails does not stop the
+# others; the exit status is that of the worst. Results are JSON in DIR (default benchmarks/results), on disk as soon as
+# they are known. `--device cpu --quick` runs the same steps on a machine without a GPU, to test their logic.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+PYTHON=${PYTHON:-python3}
+
+device=cuda out=benchmarks/results quick=() data=()
+while [ $# -gt 0 ]; do
+    case $1 in
+        --device) device=$2; shift 2 ;;
+        --data) data=(--data "$2"); shift 2 ;;
+        --out) out=$2; shift 2 ;;
+        --quick) quick=(--quick); shift ;;
+        *) echo "gpu_proof.sh: unknown argument $1; known: --device --data --out --quick" >&2; exit 2 ;;
+    esac
+done
+mkdir -p "$out"
+worst=0
+
+step() { # name, command...
+    local name=$1 status=0
+    shift
+    echo "== $name"
+    "$@" || status=$?
+    printf '{"step": "%s", "exit_status": %d, "seconds": %d}\n' "$name" "$status" "$SECONDS" >> "$out/gpu_proof.jsonl"
+    if [ "$status" -gt "$worst" ]; then worst=$status; fi
+}
+
+: > "$out/gpu_proof.jsonl"
+if [ "$device" = cuda ]; then
+    step gpu_tests env REQUIRE_GPU=1 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider
+else
+    step gpu_tests "$PYTHON" -m pytest -q -k "equal_the_reference and spatial and cpu" -p no:cacheprovider tests/test_loaders.py
+fi
+step decode_rates "$PYTHON" benchmarks/decode_rates.py --device "$device" "${data[@]}" "${quick[@]}" --out "$out/decode_rates_$device.json"
+step loader_throughput "$PYTHON" benchmarks/loader_throughput.py --device "$device" "${data[@]}" "${quick[@]}" --out "$out/loader_throughput_$device.json"
+exit "$worst"

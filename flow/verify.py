@@ -1,0 +1,255 @@
+"""Is a packed data set what was written? `python -m flow.verify DIR [--deep]`, and `--rebuild-index`.
+
+    shard       bytes and SHA-256                  against dataset.json
+    member      size, CRC-32, coded image size     against the clip's JSON; with --deep it is decoded
+    index       every entry                        against the tars
+    splits      every video id                     against the index
+
+Every damage is named, and what lies behind it in the shard is still checked. An index is rebuilt from sound tars only:
+the CRC-32 in the clips' JSON is of the bytes as they were packed, so that rebuilding cannot launder damage.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from tqdm import tqdm
+
+from flow.codec import coded_size, decode_grey, decode_rgb
+from flow.index import build_index, load_index, scan_shards
+from flow.pool import default_num_workers, run_pool
+from flow.shard import CLIP_FRAMES, KINDS, ShardError, check_member, member_name, read_clips
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """A shard to check. num_bytes, sha256: of dataset.json, or None if only the tar itself can be asked."""
+
+    root: Path
+    name: str
+    num_bytes: int | None
+    sha256: str | None
+    deep: bool
+
+
+@dataclass
+class ShardReport:
+    num_members: int = 0
+    damages: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class MemberPlace:
+    """An image of a shard: name, place, and what its bytes must be."""
+
+    name: str
+    kind: str
+    offset: int
+    size: int
+    crc32: int
+    height: int
+    width: int
+
+
+def verify(root: Path, deep: bool = False, num_workers: int | None = None) -> ShardReport:
+    """Check a packed data set. Returns the number of images checked and a line for every damage found.
+
+    Raises ValueError if the folder holds no complete pack.
+    """
+    dataset = _read_dataset(root)
+    if dataset is None:
+        raise ValueError(f"{root} holds no dataset.json: no packed data set, or one that is not complete.")
+    tasks = [ShardTask(root, shard["name"], shard["bytes"], shard["sha256"], deep) for shard in dataset["shards"]]
+    report = _verify_shards(tasks, num_workers)
+    known = {task.name for task in tasks}
+    for path in sorted(root.glob("shard-*.tar")):
+        if path.name not in known:
+            report.damages.append(f"{path.name}: is no part of this data set: dataset.json does not name it.")
+    report.damages += _verify_index(root, dataset)
+    return report
+
+
+def rebuild_index(root: Path, num_workers: int | None = None) -> ShardReport:
+    """Build the index again from the tars alone, if they are sound; the report says whether they are."""
+    shards = {shard["name"]: shard for shard in (_read_dataset(root) or {"shards": []})["shards"]}
+    names = sorted({path.name for path in root.glob("shard-*.tar")} | set(shards))
+    if not names:
+        raise ValueError(f"{root} holds no shard-*.tar: no packed data set.")
+    entries = [shards.get(name, {"bytes": None, "sha256": None}) for name in names]
+    tasks = [
+        ShardTask(root, name, entry["bytes"], entry["sha256"], deep=False)
+        for name, entry in zip(names, entries, strict=True)
+    ]
+    report = _verify_shards(tasks, num_workers)
+    if not report.damages:
+        build_index(root)
+    return report
+
+
+def _read_dataset(root: Path) -> dict[str, Any] | None:
+    path = root / "dataset.json"
+    try:
+        dataset: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        dataset["shards"] = [{key: shard[key] for key in ("name", "bytes", "sha256")} for shard in dataset["shards"]]
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error!r}. Restore it from a copy, or pack the set again.") from None
+    return dataset
+
+
+def _verify_shards(tasks: list[ShardTask], num_workers: int | None) -> ShardReport:
+    total = ShardReport()
+    reports: dict[str, ShardReport] = {}
+    with tqdm(total=len(tasks), unit="shard", disable=None) as bar:
+        for task, report in run_pool(verify_shard, tasks, num_workers or default_num_workers()):
+            reports[task.name] = report or ShardReport(damages=[f"{task.name}: ends the process that reads it."])
+            bar.update()
+    for _, report in sorted(reports.items()):
+        total.num_members += report.num_members
+        total.damages += report.damages
+    return total
+
+
+def verify_shard(task: ShardTask) -> ShardReport:
+    """Check one shard: its hash, then every image, as far as its tar can be read, and beyond that by the index."""
+    report = ShardReport()
+    path = task.root / task.name
+    if not path.is_file():
+        report.damages.append(f"{task.name}: is missing. Restore it from a copy, or pack the set again.")
+        return report
+    with open(path, "rb") as file:
+        num_bytes, digest = path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
+        if task.num_bytes not in (None, num_bytes):
+            report.damages.append(f"{task.name}: has {num_bytes} bytes, {task.num_bytes} were written.")
+        elif task.sha256 not in (None, digest):
+            report.damages.append(f"{task.name}: SHA-256 is {digest}, {task.sha256} was written.")
+        seen = set()
+        try:
+            for place in _places_in_tar(path):
+                seen.add(place.offset)
+                _check(file, task, place, report)
+        except ShardError as error:
+            report.damages.append(str(error))
+            for place in _places_in_index(task):
+                if place.offset not in seen:
+                    _check(file, task, place, report)
+    return report
+
+
+def _check(file: BinaryIO, task: ShardTask, place: MemberPlace, report: ShardReport) -> None:
+    report.num_members += 1
+    file.seek(place.offset)
+    content = file.read(place.size)
+    try:
+        check_member(content, place.size, place.crc32, task.name, place.name, place.offset)
+    except ShardError as error:
+        report.damages.append(str(error))
+        return
+    expected = (place.height, place.width, 3 if place.kind == "rgb" else 1)
+    try:
+        found = coded_size(content)
+        if task.deep:
+            image = decode_rgb(content) if place.kind == "rgb" else decode_grey(content)
+            found = (*image.shape[:2], found[2])
+        if found != expected:
+            raise ValueError(f"coded size {found}, expected {expected} (height, width, channels)")
+    except ValueError as error:
+        report.damages.append(f"{task.name}: {place.name} at offset {place.offset} was written damaged: {error}")
+
+
+def _places_in_tar(path: Path) -> Iterator[MemberPlace]:
+    for clip in read_clips(path):
+        for kind, (first, entries) in clip.entries.items():
+            for frame, row in enumerate(entries, first):
+                number = clip.first_frame // CLIP_FRAMES
+                name = member_name(clip.video_id, number, kind, frame - clip.first_frame)
+                yield _place(name, kind, row, clip.height, clip.width)
+
+
+def _places_in_index(task: ShardTask) -> Iterator[MemberPlace]:
+    """The images of a shard by the index; none if that is damaged too, which its own check reports."""
+    try:
+        header, arrays = load_index(task.root)
+    except ShardError:
+        return
+    numbers = [number for number, shard in enumerate(header["shards"]) if shard["name"] == task.name]
+    for video in arrays["videos"][np.isin(arrays["videos"]["shard"], numbers)]:
+        at = int(video["name_at"])
+        video_id = arrays["names"][at : at + int(video["name_bytes"])].tobytes().decode("utf-8", "replace")
+        first_row = int(video["first_row"])
+        for kind in (kind for kind in KINDS if kind in arrays):
+            for frame, row in enumerate(arrays[kind][first_row : first_row + int(video["num_frames"])]):
+                if row["size"]:
+                    name = member_name(video_id, frame // CLIP_FRAMES, kind, frame % CLIP_FRAMES)
+                    yield _place(name, kind, row, int(video["height"]), int(video["width"]))
+
+
+def _place(name: str, kind: str, row: Any, height: int, width: int) -> MemberPlace:
+    return MemberPlace(name, kind, int(row["offset"]), int(row["size"]), int(row["crc32"]), height, width)
+
+
+def _verify_index(root: Path, dataset: dict[str, Any]) -> list[str]:
+    """Hold the index against the tars, and dataset.json and the splits against the index."""
+    rebuild = f"Rebuild it: `python -m flow.verify {root} --rebuild-index`."
+    try:
+        header, arrays = load_index(root)
+    except ShardError as error:
+        return [str(error)]
+    try:
+        fresh_header, fresh = scan_shards(root)
+    except ShardError:
+        return []  # named with its shard
+    damages = [
+        f"index: {name} differs from the tars. {rebuild}"
+        for name in sorted(arrays.keys() | fresh.keys())
+        if name not in arrays or name not in fresh or not np.array_equal(arrays[name], fresh[name])
+    ]
+    damages += [
+        f"index: {key} are not those of the tars. {rebuild}"
+        for key, value in fresh_header.items()
+        if header.get(key) != value
+    ]
+    if dataset["classes"] != fresh_header["classes"] or dataset["num_videos"] != len(fresh["videos"]):
+        damages.append("dataset.json: classes or number of videos are not those of the tars. Pack the set again.")
+    names = fresh["names"].tobytes()
+    known = {names[at : at + size].decode() for at, size in fresh["videos"][["name_at", "name_bytes"]].tolist()}
+    for path in sorted((root / "splits").glob("*.txt")):
+        strange = [video_id for video_id in path.read_text("utf-8").split("\n") if video_id and video_id not in known]
+        damages += [f"splits/{path.name}: {video_id!r} is in no shard." for video_id in strange]
+    return damages
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m flow.verify", description="Check a packed data set.", epilog="Exit code 1: damaged. 2: error."
+    )
+    parser.add_argument("root", type=Path, metavar="DIR", help="folder of a packed data set")
+    parser.add_argument("--deep", action="store_true", help="decode every image too")
+    parser.add_argument("--rebuild-index", action="store_true", help="build the index again from the tars alone")
+    parser.add_argument("--workers", type=int, help="processes (default: one per core)")
+    options = parser.parse_args(argv)
+    try:
+        if options.rebuild_index:
+            report = rebuild_index(options.root, options.workers)
+        else:
+            report = verify(options.root, options.deep, options.workers)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for damage in report.damages:
+        print(damage)
+    print(f"{options.root}: {report.num_members:,} images checked, {len(report.damages):,} damages")
+    if options.rebuild_index:
+        print("The index was not touched: the tars are damaged." if report.damages else "The index was rebuilt.")
+    return int(bool(report.damages))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

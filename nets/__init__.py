@@ -1,0 +1,1 @@
+"""Networks: input tensors -> class scores. Knows nothing of files, data sets or processes."""

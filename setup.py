@@ -1,0 +1,31 @@
+"""Two-stream action recognition whose data loading disappears. Exact versions for development stand in constraints.txt."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="two-stream",
+    version="0.1.0",
+    description="Two-stream action recognition (Simonyan & Zisserman, NIPS 2014) built around a DALI loader",
+    python_requires=">=3.11",
+    packages=find_packages(include=["flow*", "loaders*", "nets*", "train*"]),
+    package_data={"train": ["configs/*.yaml"]},
+    install_requires=[
+        "numpy>=1.26,<3",
+        "torch>=2.6,<3",
+        # DALI 2.2 brings nvImageCodec 0.8; GPU region-of-interest decoding of 0.9.0 is reported to crash on an H100
+        # (NVIDIA/nvImageCodec#55).
+        "nvidia-dali-cuda120>=2.2,<2.3",
+        "nvidia-nvimgcodec-cu12>=0.8,<0.9",
+        # The package with DualTVL1. Its wheel links libGL, libxcb and glib; `-headless` does not, and may stand in its
+        # place, but never beside it: both own the module cv2.
+        "opencv-contrib-python>=4.8,<6",
+        "scikit-learn>=1.4,<2",
+        "pyyaml>=6,<7",
+        "tensorboard>=2.15,<3",
+        "tqdm>=4.66,<5",
+        "webdataset>=1.0,<2",
+    ],
+    extras_require={
+        "dev": ["pytest>=8,<10", "ruff>=0.8,<1", "mypy>=1.13,<3", "types-PyYAML", "types-tqdm"],
+    },
+)

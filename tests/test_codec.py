@@ -1,0 +1,115 @@
+"""Fields and their codec: round trips, ranges, damage."""
+
+import numpy as np
+import pytest
+
+from flow import fields
+from flow.codec import Codec, coded_size, decode_component, decode_grey, decode_rgb, encode_component, encode_rgb
+from tests.conftest import smooth_noise
+
+
+@pytest.fixture
+def component():
+    return smooth_noise(np.random.default_rng(0), (64, 80), 3)
+
+
+@pytest.mark.parametrize("codec", [Codec(quality=100), Codec(range="fixed", bound_px=20.0, quality=100)])
+def test_quantisation_error_is_within_half_a_step(component, codec):
+    """JPEG itself adds to it: its effect is bounded by one code at quality 100, on a smooth component."""
+    coded = encode_component(component, codec)
+    step = (coded.hi - coded.lo) / 255
+    exact = np.rint((component - coded.lo) / step)
+    assert np.abs(decode_grey(coded.jpeg) - exact).max() <= 1
+    error = np.abs(decode_component(coded.jpeg, coded.lo, coded.hi) - component)
+    assert error.max() <= 1.5 * step + 1e-6 and error.mean() <= 0.5 * step
+
+
+def test_own_range_is_the_components_and_a_fixed_one_saturates(component):
+    own = encode_component(component, Codec())
+    assert own.lo == component.min() and own.hi == component.max()
+    fixed = Codec(range="fixed", bound_px=2.0)
+    coded = encode_component(component, fixed)
+    assert (coded.lo, coded.hi) == (-2.0, 2.0)
+    decoded = decode_component(coded.jpeg, coded.lo, coded.hi)
+    assert np.abs(decoded - component.clip(-2, 2)).mean() < 0.05
+    calm = component / 4  # the narrower the range, the more a fixed bound wastes
+    fine, coarse = (
+        np.abs(decode_component(*encode_component(calm, c)) - calm).mean()
+        for c in (Codec(), Codec(range="fixed", bound_px=20.0))
+    )
+    assert fine < coarse / 2
+
+
+@pytest.mark.parametrize("value", [0.0, 3.25, -1e4])
+def test_a_still_component_keeps_its_value(value):
+    coded = encode_component(np.full((32, 32), value, np.float32), Codec())
+    assert coded.hi > coded.lo
+    assert np.abs(decode_component(*coded) - value).max() <= 1e-3 * max(1, abs(value))
+
+
+def test_what_is_not_finite_is_refused(component):
+    component[3, 3] = np.nan
+    with pytest.raises(ValueError, match="not finite"):
+        encode_component(component, Codec())
+
+
+def test_options_and_metadata(component):
+    assert Codec.from_option("per-field", 80) == Codec(quality=80)
+    assert Codec.from_option("20", 90) == Codec(range="fixed", bound_px=20.0)
+    for codec in (Codec(), Codec(range="fixed", bound_px=20.0, quality=75)):
+        assert Codec.from_metadata(codec.metadata()) == codec
+    with pytest.raises(ValueError, match="give 'per-field', or a bound in px"):
+        Codec.from_option("auto", 90)
+    with pytest.raises(ValueError, match="a positive number"):
+        Codec.from_option("-3", 90)
+    with pytest.raises(ValueError, match="quality=0"):
+        Codec(quality=0)
+    with pytest.raises(ValueError, match="version 7"):
+        Codec.from_metadata({**Codec().metadata(), "version": 7})
+    with pytest.raises(ValueError, match="expected the keys"):
+        Codec.from_metadata({"scale": 3})
+
+
+def test_rgb_keeps_its_channels():
+    frame = np.zeros((32, 48, 3), np.uint8)
+    frame[:, :, 0], frame[:, :, 2] = 200, 40
+    decoded = decode_rgb(encode_rgb(frame, 95)).astype(int)
+    assert np.abs(decoded - frame).max() <= 4
+
+
+def test_coded_size_reads_the_header_alone(component):
+    jpeg = encode_component(component, Codec()).jpeg
+    assert coded_size(jpeg) == (64, 80, 1)
+    assert coded_size(jpeg[:200]) == (64, 80, 1)
+    assert coded_size(encode_rgb(np.zeros((20, 30, 3), np.uint8), 90)) == (20, 30, 3)
+    with pytest.raises(ValueError, match="begins with ffd8"):
+        coded_size(b"\x89PNG")
+    with pytest.raises(ValueError, match="without a frame header"):
+        coded_size(jpeg[:60])
+    with pytest.raises(ValueError, match="no decodable JPEG"):
+        decode_grey(b"nothing")
+
+
+def test_mirror_twice_is_the_identity_and_turns_right_into_left():
+    field = np.stack([smooth_noise(np.random.default_rng(k), (20, 30)) for k in range(2)])
+    mirrored = fields.mirror_field(field)
+    assert np.array_equal(fields.mirror_field(mirrored), field)
+    assert np.array_equal(mirrored[0], -field[0, :, ::-1]) and np.array_equal(mirrored[1], field[1, :, ::-1])
+
+
+def test_mean_subtraction_removes_a_camera_motion():
+    field = np.stack([smooth_noise(np.random.default_rng(k), (20, 30)) for k in range(2)])
+    moved = field + np.array([5, -2], np.float32)[:, None, None]
+    assert np.allclose(fields.subtract_mean(moved), fields.subtract_mean(field), atol=1e-5)
+    assert np.allclose(fields.field_mean(fields.subtract_mean(moved)), 0, atol=1e-5)
+
+
+def test_stacking_follows_equation_1():
+    fields_of_video = np.arange(5 * 2 * 3 * 4, dtype=np.float32).reshape(5, 2, 3, 4)
+    stack = fields.stack_fields(fields_of_video, 1, 3)
+    for k in range(3):  # I_tau(u, v, 2k-1) = dx_{tau+k-1}, I_tau(u, v, 2k) = dy_{tau+k-1}
+        assert np.array_equal(stack[2 * k], fields_of_video[1 + k, 0])
+        assert np.array_equal(stack[2 * k + 1], fields_of_video[1 + k, 1])
+    for tau in (-1, 3):
+        with pytest.raises(ValueError, match=rf"tau={tau} with L=3 .* Take tau in \[0, 2\]"):
+            fields.stack_fields(fields_of_video, tau, 3)

@@ -1,0 +1,49 @@
+"""The map of the house holds: who may import whom, and which third-party package stays behind which door."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = {"flow": set(), "loaders": {"flow"}, "nets": set(), "train": {"flow", "loaders", "nets"}}
+DOORS = {
+    "cv2": {"flow/"},
+    "nvidia": {"loaders/pipeline.py", "loaders/dali_loader.py"},
+    "yaml": {"train/config.py"},
+    "torch.distributed": {"train/dist.py", "train/launch.py"},
+}
+
+
+def imports(path):
+    """Dotted names that a file imports anywhere, also inside functions."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_respect_the_borders(path):
+    name = path.relative_to(ROOT).as_posix()
+    package = name.split("/")[0]
+    for module in imports(path):
+        top = module.split(".")[0]
+        assert top not in set(PACKAGES) - PACKAGES[package] - {package}, f"{name} imports {module}"
+        for door, allowed in DOORS.items():
+            if module == door or module.startswith(door + "."):
+                assert any(name.startswith(place) for place in allowed), f"{name} imports {module}"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_importing_a_package_loads_nothing_heavy(package):
+    heavy = "{'torch', 'cv2', 'nvidia.dali', 'sklearn', 'yaml', 'numpy'}"
+    code = f"import sys, {package}; print(*sorted({heavy} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""

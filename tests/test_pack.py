@@ -1,0 +1,300 @@
+"""flow.pack: the same bytes however the work was cut up, and every video that cannot be packed is named."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from flow import pack
+from flow.catalog import list_videos
+from flow.codec import Codec, decode_component, decode_rgb
+from flow.extract import flow_method
+from flow.pool import run_pool
+from flow.shard import read_clips
+from flow.video import import_cv2, read_frames, to_grey, write_video
+from tests.test_video import moving_frames, replace_frame
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    """Seven sound videos in three classes, of different lengths and sizes; one longer than a clip."""
+    root = tmp_path_factory.mktemp("videos")
+    for number, (class_name, num_frames) in enumerate(
+        [("Run", 5), ("Run", 70), ("Run", 64), ("Sit", 2), ("Sit", 6), ("Walk", 9), ("Walk", 7)]
+    ):
+        (root / class_name).mkdir(exist_ok=True)
+        frames = moving_frames(num_frames, 64, 64 + 16 * (number % 3), seed=number)
+        write_video(root / class_name / f"v{number} [{class_name}]!.avi", frames)
+    return root
+
+
+def run(videos, out, *options):
+    return pack.main(["--videos", str(videos), "--out", str(out), "--size", "48", *options])
+
+
+def contents(out):
+    """SHA-256 of all that must not depend on how the work was done: all but dataset.json, which holds seconds."""
+    files = [path for path in out.rglob("*") if path.is_file() and path.name != "dataset.json"]
+    return {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.fixture(scope="module")
+def packed(videos, tmp_path_factory):
+    """The videos packed in one go, two to a shard, with backward fields."""
+    out = tmp_path_factory.mktemp("packed") / "set"
+    assert run(videos, out, "--videos-per-shard", "2", "--backward", "--workers", "2") == 0
+    return out
+
+
+def test_every_frame_and_field_is_in_the_shards(videos, packed):
+    codec = Codec()
+    clips = {}
+    for path in sorted(packed.glob("shard-*.tar")):
+        content = path.read_bytes()
+        for clip in read_clips(path):
+            clips.setdefault(clip.video_id, []).append((clip, content))
+    assert sorted(clips) == [video.video_id for video in list_videos(videos)]
+    for video in list_videos(videos):
+        frames = list(read_frames(video.path, 48))
+        greys = [to_grey(frame) for frame in frames]
+        found = {kind: set() for kind in ("rgb", "dx", "dy", "bdx", "bdy")}
+        assert [clip.is_last for clip, _ in clips[video.video_id]] == [False] * ((len(frames) - 1) // 64) + [True]
+        for clip, content in clips[video.video_id]:
+            assert (clip.class_name, clip.class_id) == (video.class_name, None)
+            assert (clip.height, clip.width) == greys[0].shape
+            for kind, (first, entries) in clip.entries.items():
+                for t, row in enumerate(entries, first):
+                    assert t // 64 == clip.first_frame // 64
+                    found[kind].add(t)
+                    if t > 3 and t < len(frames) - 2:
+                        continue  # enough seen
+                    jpeg = content[row["offset"] : row["offset"] + row["size"]]
+                    if kind == "rgb":
+                        assert np.abs(decode_rgb(jpeg).astype(int) - frames[t]).mean() < 8
+                        continue
+                    step = -1 if kind.startswith("b") else 1
+                    component = flow_method()(greys[t], greys[t + step])[kind.endswith("y") * 1]
+                    decoded = decode_component(jpeg, row["lo"], row["hi"])
+                    assert np.abs(decoded - component).mean() < 0.02 * (row["hi"] - row["lo"]) + 1e-3
+                    assert row["mean"] == np.float32(component.mean(dtype=np.float64))
+        T = len(frames)
+        assert found["rgb"] == set(range(T)) and found["dx"] == found["dy"] == set(range(T - 1))
+        assert found["bdx"] == found["bdy"] == set(range(1, T))
+    assert codec.metadata() == json.loads((packed / "dataset.json").read_text())["codec"]
+
+
+def test_dataset_json_adds_up(videos, packed):
+    dataset = json.loads((packed / "dataset.json").read_text())
+    summary = dataset["summary"]
+    assert (dataset["num_videos"], dataset["num_frames"], dataset["num_fields"]) == (7, 163, 2 * 156)
+    assert [entry["name"] for entry in dataset["classes"]] == ["Run", "Sit", "Walk"]
+    assert [shard["name"] for shard in dataset["shards"]] == [f"shard-{n:06d}.tar" for n in range(4)]
+    for shard in dataset["shards"]:
+        content = (packed / shard["name"]).read_bytes()
+        assert (len(content), hashlib.sha256(content).hexdigest()) == (shard["bytes"], shard["sha256"])
+    pixels = sum(
+        2 * 2 * (len(frames) - 1) * frames[0].shape[0] * frames[0].shape[1]
+        for frames in (list(read_frames(video.path, 48)) for video in list_videos(videos))
+    )
+    assert summary["float32_bytes"] == 4 * pixels and summary["ratio"] == 4 * pixels / summary["flow_bytes"] > 5
+    assert 0 < summary["quantisation_error_mean_px"] < 0.05 < summary["quantisation_error_max_px"] < 5
+    assert 0 < summary["flow_s_per_pair"] < summary["s_per_pair"] < 1
+    assert dataset["flow"]["method"] == "dis" and dataset["size_px"] == 48 and dataset["backward"] is True
+    assert not (packed / ".pack").exists() and not (packed / "bad_videos.txt").exists()
+
+
+def test_splits_name_each_video_once(videos, packed):
+    train, test = ((packed / f"splits/split1_{side}.txt").read_text().splitlines() for side in ("train", "test"))
+    assert sorted(train + test) == [video.video_id for video in list_videos(videos)] and len(test) == 3
+
+
+def test_the_number_of_workers_does_not_show(videos, packed, tmp_path):
+    assert run(videos, tmp_path / "set", "--videos-per-shard", "2", "--backward", "--workers", "1") == 0
+    assert contents(tmp_path / "set") == contents(packed)
+
+
+@pytest.mark.parametrize("num_shards", [1, 3])
+def test_a_killed_pack_goes_on_and_ends_with_the_same_bytes(videos, packed, tmp_path, num_shards):
+    out = tmp_path / "set"
+    options = ["--videos-per-shard", "2", "--backward", "--workers", "1"]
+    command = [sys.executable, "-m", "flow.pack", "--videos", videos, "--out", out, "--size", "48", *options]
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while len(list(out.glob(".pack/shard-*.json"))) < num_shards and process.poll() is None:
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    assert not (out / "dataset.json").exists()
+    before = {path: path.stat().st_mtime_ns for path in out.glob("shard-*.tar")}
+    finished = {out / f"{path.stem}.tar" for path in out.glob(".pack/shard-*.json")}
+    (out / "shard-000003.tar.tmp").write_bytes(b"half a shard")
+    assert run(videos, out, *options) == 0
+    assert contents(out) == contents(packed)
+    assert len(finished) >= num_shards
+    assert all(path.stat().st_mtime_ns == before[path] for path in finished), "a finished shard was packed again"
+
+
+def test_workers_do_not_outlive_a_killed_parent(videos, tmp_path):
+    command = [sys.executable, "-m", "flow.pack", "--videos", str(videos), "--out", str(tmp_path / "set")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not list(tmp_path.glob("set/.pack/run-*/*")) and process.poll() is None:
+        time.sleep(0.01)
+    children = open(f"/proc/{process.pid}/task/{process.pid}/children").read().split()
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 20
+    while any(is_running(child) for child in children):
+        assert time.monotonic() < deadline, "workers outlive their parent"
+        time.sleep(0.05)
+
+
+def is_running(pid):
+    try:
+        return open(f"/proc/{pid}/stat").read().split(")")[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_complete_pack_is_left_alone(videos, packed, capsys):
+    before = contents(packed)
+    assert run(videos, packed, "--videos-per-shard", "2", "--backward") == 0
+    assert "nothing to do" in capsys.readouterr().out and contents(packed) == before
+    assert run(videos, packed, "--videos-per-shard", "2", "--method", "farneback", "--range", "20") == 2
+    message = capsys.readouterr().err
+    assert all(text in message for text in ("flow.method: 'dis' before, 'farneback' now", "codec.range", "backward"))
+    assert "size_px" not in message and contents(packed) == before
+
+
+def damage(folder):
+    """Seven unusable videos."""
+    folder.mkdir()
+    (folder / "text.avi").write_bytes(b"no video " * 99)
+    (folder / "empty.mp4").write_bytes(b"")
+    write_video(folder / "one.avi", moving_frames(1))
+    write_video(folder / "cut.avi", moving_frames(9))
+    content = (folder / "cut.avi").read_bytes()
+    (folder / "cut.avi").write_bytes(content[: len(content) // 2])
+    for name in ("size.avi", "hole.avi", "late.avi"):
+        write_video(folder / name, moving_frames(70 if name == "late.avi" else 9))
+    small = import_cv2().imencode(".jpg", np.full((48, 64, 3), 90, np.uint8))[1].tobytes()
+    replace_frame(folder / "size.avi", 5, small)
+    replace_frame(folder / "hole.avi", 5, b"")
+    replace_frame(folder / "late.avi", 68, b"")  # when the first clip is already written
+    return folder
+
+
+def test_bad_videos_are_named_and_the_rest_is_packed(videos, tmp_path, capsys):
+    root, out = tmp_path / "videos", tmp_path / "set"
+    root.mkdir()
+    (root / "Walk").symlink_to(videos / "Walk")
+    damage(root / "Bad")
+    options = ["--videos-per-shard", "1"]
+    assert run(root, out, *options) == 1
+    report = dict(line.split("\t") for line in (out / "bad_videos.txt").read_text().splitlines())
+    reasons = {"cut": "truncated", "empty": "cannot be opened", "hole": "damaged", "late": "damaged", "one": "1 frame"}
+    reasons |= {"size": "changes size", "text": "cannot be opened"}
+    assert sorted(report) == [f"Bad/{name}" for name in sorted(reasons)]
+    assert all(reason in report[f"Bad/{name}"] for name, reason in reasons.items())
+    dataset = json.loads((out / "dataset.json").read_text())
+    assert dataset["num_videos"] == 2 and dataset["summary"]["bad"] == 7 and len(dataset["shards"]) == 2
+    assert [entry["name"] for entry in dataset["classes"]] == ["Walk"]
+    assert not any("Bad" in path.read_text() for path in (out / "splits").iterdir())
+    assert "Bad/cut is truncated" in capsys.readouterr().out
+    assert run(root, out, *options) == 0 and (out / "bad_videos.txt").exists()
+    assert run(root, tmp_path / "skipped", "--skip-bad") == 0
+
+
+def test_nothing_to_pack_is_an_error(tmp_path, capsys):
+    damage(tmp_path / "videos").rename(tmp_path / "Bad")
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "Bad").rename(tmp_path / "videos/Bad")
+    for _ in range(2):
+        assert run(tmp_path / "videos", tmp_path / "set") == 2
+        assert "None of the 7 videos can be packed; Bad/cut is truncated" in capsys.readouterr().err
+    assert not (tmp_path / "set/dataset.json").exists()
+
+
+def test_listed_videos_that_are_missing_are_counted(videos, tmp_path, capsys):
+    present = [video.video_id for video in list_videos(videos)]
+    lists = tmp_path / "lists"
+    lists.mkdir()
+    (lists / "classInd.txt").write_bytes(b"7 Run\r\n8 Sit\r\n9 Walk\r\n")
+    # The names end in "!.avi" as in HMDB-51, and hold a blank.
+    labels = {"Run": 7, "Sit": 8, "Walk": 9}
+    train = [f"{video_id}.avi {labels[video_id.split('/')[0]]}\r\n" for video_id in present[:4]]
+    (lists / "trainlist01.txt").write_bytes("".join([*train, "Run/gone.avi 7\r\n"]).encode())
+    (lists / "testlist01.txt").write_bytes("".join(f"{video_id}.avi\r\n" for video_id in present[4:]).encode())
+    options = ["--splits", str(lists)]
+    assert run(videos, tmp_path / "set", *options) == 0 and "1 listed videos" in capsys.readouterr().out
+    assert run(videos, tmp_path / "strict", *options, "--strict") == 1
+    dataset = json.loads((tmp_path / "set/dataset.json").read_text())
+    assert dataset["name"] == "ucf101" and dataset["summary"]["listed_missing"] == 1
+    assert dataset["classes"][0] == {"name": "Run", "official_id": 7}
+    assert (tmp_path / "set/missing_videos.txt").read_text() == "Run/gone\n"
+    assert (tmp_path / "set/splits/split1_train.txt").read_text().splitlines() == present[:4]
+    clip = next(read_clips(tmp_path / "set/shard-000000.tar"))
+    assert clip.class_id == labels[clip.class_name]
+
+
+def test_a_pack_of_other_videos_is_not_gone_on_with(videos, tmp_path, capsys):
+    root, out = tmp_path / "videos", tmp_path / "set"
+    for video in list_videos(videos):
+        (root / video.class_name).mkdir(parents=True, exist_ok=True)
+        (root / video.class_name / video.path.name).write_bytes(video.path.read_bytes())
+    assert run(root, out) == 0
+    write_video(root / "Walk" / "new.avi", moving_frames(3))
+    assert run(root, out) == 2 and "input_sha256" in capsys.readouterr().err
+    (out / "dataset.json").unlink()
+    assert run(root, out) == 2 and "holds shards of no pack that could go on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--quality", "0"], "quality=0"),
+        (["--range", "wide"], "range 'wide'"),
+        (["--size", "4"], "size_px=4"),
+        (["--workers", "0"], "num_workers=0"),
+        (["--dataset", "hmdb51"], "needs its official list files"),
+    ],
+)
+def test_unusable_options_are_explained(videos, tmp_path, capsys, options, message):
+    assert run(videos, tmp_path / "set", *options) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "set").exists()
+
+
+def test_a_running_pack_is_not_disturbed(videos, tmp_path, capsys):
+    with pack.locked(tmp_path / ".pack"):
+        assert run(videos, tmp_path) == 2
+    assert "Another pack into" in capsys.readouterr().err
+
+
+# --- pool --------------------------------------------------------------------------------------------------------
+
+
+def work(task):
+    """Kills its process for task 3, always; for task 5, once; fails for task -1."""
+    number, folder = task
+    if number == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if number == 5 and not (folder / "killed").exists():
+        (folder / "killed").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    if number == -1:
+        raise OSError("No space left on device")
+    return number * number
+
+
+def test_a_process_that_dies_costs_only_its_own_task(tmp_path):
+    results = {task[0]: result for task, result in run_pool(work, [(n, tmp_path) for n in range(9)], 2)}
+    assert results == {n: None if n == 3 else n * n for n in range(9)}
+
+
+def test_an_exception_of_a_task_is_raised(tmp_path):
+    with pytest.raises(OSError, match="No space left"):
+        list(run_pool(work, [(1, tmp_path), (-1, tmp_path)], 2))

@@ -1,0 +1,1 @@
+"""Experiments: configuration, training, evaluation, fusion. `python -m train.launch` is the door."""

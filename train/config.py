@@ -1,0 +1,288 @@
+"""What a run is: typed defaults (the paper's), a YAML overlay on them, and `key=value` overrides on that.
+
+    defaults below  <-  train/configs/NAME.yaml  <-  data.root=P128 temporal.steps=300
+
+Only this module reads or writes YAML. A run folder keeps the resolved config, so that a run can be named by its folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from flow.shard import write_bytes
+
+CONFIG_FOLDER = Path(__file__).parent / "configs"
+STREAMS = ("spatial", "temporal")
+Stream = Literal["spatial", "temporal"]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """Which samples, and what becomes of them on their way to the net."""
+
+    root: str = "demo/packed"
+    """Folder of a packed data set, made by `python -m flow.pack`."""
+    split: str = "split1"
+    """Official split: trains on splits/<split>_train.txt, tests on splits/<split>_test.txt."""
+    loader: Literal["dali", "reference"] = "dali"
+    """`reference` loads the same samples without DALI, slowly."""
+    L: int = 10
+    """Flow fields in a temporal stack, 2L channels (sec. 3.1)."""
+    crop_px: int = 224
+    """Side of the square crop, the nets' input."""
+    size: str = "auto"
+    """Smaller side of the frames; `auto` is the size they are stored at, the only one there is so far."""
+    subtract_mean: bool = True
+    """Subtract from each field its mean vector (sec. 3.1)."""
+    color_jitter: bool = True
+    """PCA colour offset on the spatial stream in training (sec. 5)."""
+    random_mirror: bool = True
+    """Mirror half of the training samples."""
+    num_threads: int | None = None
+    """Loading threads of a process; null: the machine's cores divided by its processes."""
+
+    def __post_init__(self) -> None:
+        _require(self.size == "auto", f"data.size={self.size!r}: only auto, the stored size, is supported; pack anew.")
+        _require(self.L >= 1, f"data.L={self.L} must be at least 1.")
+        _require(self.crop_px >= 1, f"data.crop_px={self.crop_px} must be at least 1.")
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """The net of both streams, CNN-M-2048."""
+
+    width: float = 1.0
+    """Factor on all channels and fully connected units."""
+
+    def __post_init__(self) -> None:
+        _require(self.width > 0, f"model.width={self.width} must be positive.")
+
+
+@dataclass(kw_only=True, slots=True)
+class StreamConfig:
+    """Training of one stream. Defaults: from scratch as in sec. 5, dropout as in sec. 6."""
+
+    dropout: float = 0.9
+    """Ratio of units dropped in full6 and full7."""
+    steps: int = 80_000
+    """Updates in all."""
+    lr: float = 1e-2
+    """Learning rate of the first phase."""
+    milestones: list[int] = field(default_factory=lambda: [50_000, 70_000])
+    """Steps at which the learning rate is divided by 10."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.dropout < 1, f"dropout={self.dropout} is not a ratio in [0, 1).")
+        _require(self.steps >= 1, f"steps={self.steps} must be at least 1.")
+        _require(self.lr > 0, f"lr={self.lr} must be positive.")
+        _require(
+            self.milestones == sorted(set(self.milestones)) and all(step > 0 for step in self.milestones),
+            f"milestones={self.milestones} must be positive steps in rising order.",
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainConfig:
+    """What both streams' training shares."""
+
+    streams: list[Stream] = field(default_factory=lambda: ["spatial", "temporal"])
+    """Streams to train, in this order."""
+    batch_size: int = 256
+    """Samples of an update over all processes; each process takes an equal slice."""
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    """As in the paper's reference [15]."""
+    seed: int = 0
+    """Of initial weights, samples and dropout masks."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """`auto`: bfloat16 autocast on a GPU, float32 on the CPU."""
+    compile: bool = False
+    """Compile the net with torch.compile."""
+    log_every: int = 20
+    """Steps from log line to log line."""
+    checkpoint_every: int = 1000
+    """Steps from checkpoint to checkpoint; there is always one after the last step."""
+
+    def __post_init__(self) -> None:
+        _require(
+            len(self.streams) > 0 and len(set(self.streams)) == len(self.streams),
+            f"train.streams={self.streams} must name one or both of {list(STREAMS)}, each once.",
+        )
+        for name in ("batch_size", "log_every", "checkpoint_every"):
+            _require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)} must be at least 1.")
+
+
+@dataclass(kw_only=True, slots=True)
+class EvalConfig:
+    """Testing: class scores averaged over num_taus x 10 views of a video (sec. 5)."""
+
+    num_taus: int = 25
+    """Stacks of a test video, at equal spacing."""
+    num_taus_train: int = 5
+    """The same for the training videos, whose scores the SVM is fitted on."""
+    batch_size: int = 32
+    """Views of a forward pass in one process."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_taus", "num_taus_train", "batch_size"):
+            _require(getattr(self, name) >= 1, f"eval.{name}={getattr(self, name)} must be at least 1.")
+
+
+@dataclass(kw_only=True, slots=True)
+class FuseConfig:
+    """Fusion by SVM (sec. 2)."""
+
+    C: list[float] = field(default_factory=lambda: [0.01, 0.1, 1.0, 10.0, 100.0])
+    """Regularisation strengths that cross-validation on the training videos chooses from."""
+    folds: int = 5
+    """Folds of the cross-validation; a group of related videos is never divided."""
+
+    def __post_init__(self) -> None:
+        _require(len(self.C) > 0 and min(self.C) > 0, f"fuse.C={self.C} must be positive numbers.")
+        _require(self.folds >= 2, f"fuse.folds={self.folds} must be at least 2.")
+
+
+@dataclass(kw_only=True, slots=True)
+class Config:
+    """A whole run: both streams' training, evaluation and fusion."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    spatial: StreamConfig = field(default_factory=StreamConfig)
+    temporal: StreamConfig = field(default_factory=StreamConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    fuse: FuseConfig = field(default_factory=FuseConfig)
+
+    def stream(self, name: str) -> StreamConfig:
+        """The section of a stream."""
+        return {"spatial": self.spatial, "temporal": self.temporal}[name]
+
+
+def resolve_config(name_or_file: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Defaults, overlaid by a config of `train/configs` or a YAML file, overlaid by `key=value` strings.
+
+        resolve_config("demo", ["temporal.steps=50", "train.streams=[temporal]", "fuse.C=[1, 10]"])
+
+    Raises ValueError naming the key for an unknown key (with the nearest known one), a wrong type, a value out of range
+    or a key that is not `section.name=value`; and the known configs for an unknown name.
+    """
+    flat = _flatten(_read_yaml(_find_config(name_or_file)))
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        _require(bool(equals), f"override {override!r} is not of the form key=value, for example temporal.steps=300.")
+        try:
+            flat[key.strip()] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"override {override!r} is not YAML: {error}") from None
+    return from_flat(flat)
+
+
+def read_config(path: Path) -> Config:
+    """The resolved config that `write_config` stored. Raises ValueError as `resolve_config` does."""
+    return from_flat(_flatten(_read_yaml(path)))
+
+
+def write_config(config: Config, path: Path) -> None:
+    """Store the resolved config as YAML."""
+    write_bytes(path, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False).encode())
+
+
+def to_flat(config: Config) -> dict[str, Any]:
+    """Config -> {"data.root": "...", "data.split": "split1", ...}: plain values by dotted key."""
+    return _flatten(dataclasses.asdict(config))
+
+
+def from_flat(flat: Mapping[str, Any]) -> Config:
+    """Inverse of `to_flat`; keys that are left out keep their defaults. Raises ValueError as `resolve_config` does."""
+    sections = get_type_hints(Config)
+    known = {f"{name}.{key}": hint for name in sections for key, hint in get_type_hints(sections[name]).items()}
+    values: dict[str, dict[str, Any]] = {name: {} for name in sections}
+    for key, value in flat.items():
+        if key not in known:
+            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+            raise ValueError(f"unknown config key {key!r}; the nearest known key is {nearest!r}.")
+        section, name = key.split(".")
+        values[section][name] = _coerce(key, value, known[key])
+    return Config(**{name: sections[name](**values[name]) for name in sections})
+
+
+def differing_keys(stored: Config, asked: Config) -> list[str]:
+    """Descriptions such as "train.seed: stored 0, asked 1" of every key in which two configs differ."""
+    old, new = to_flat(stored), to_flat(asked)
+    return [f"{key}: stored {old[key]!r}, asked {new[key]!r}" for key in old if old[key] != new[key]]
+
+
+def short_hash(config: Config) -> str:
+    """Eight hexadecimal digits that depend on every value of the config."""
+    return hashlib.sha256(repr(sorted(to_flat(config).items())).encode()).hexdigest()[:8]
+
+
+def _find_config(name_or_file: str | Path) -> Path:
+    if Path(name_or_file).suffix in (".yaml", ".yml"):
+        path = Path(name_or_file)
+        _require(path.is_file(), f"config file {str(path)!r} does not exist.")
+        return path
+    path = CONFIG_FOLDER / f"{name_or_file}.yaml"
+    names = sorted(known.stem for known in CONFIG_FOLDER.glob("*.yaml"))
+    _require(path.is_file(), f"unknown config {name_or_file!r}; known: {', '.join(names)}, or a path to a .yaml file.")
+    return path
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from None
+    content = {} if content is None else content
+    _require(isinstance(content, dict), f"{path} must hold sections such as `train:` with keys, not {content!r}.")
+    return content
+
+
+def _flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """{"train": {"seed": 0}} -> {"train.seed": 0}; a section without keys, or a key outside one, stays as it is."""
+    flat = {}
+    for section, content in tree.items():
+        if isinstance(content, Mapping):
+            flat.update({f"{section}.{name}": value for name, value in content.items()})
+        elif content is not None or section not in get_type_hints(Config):
+            flat[str(section)] = content
+    return flat
+
+
+def _coerce(key: str, value: Any, hint: Any) -> Any:
+    """`value` as the annotated type, or a ValueError that names key, value and type."""
+    if get_origin(hint) is list:
+        if isinstance(value, list):
+            return [_coerce(key, item, get_args(hint)[0]) for item in value]
+    elif get_origin(hint) is Literal:
+        if value in get_args(hint):
+            return value
+        raise ValueError(f"{key}={value!r} must be one of {', '.join(map(str, get_args(hint)))}.")
+    elif get_origin(hint) in (Union, types.UnionType):  # only X | None here
+        return None if value is None else _coerce(key, value, get_args(hint)[0])
+    elif hint is float:
+        try:  # YAML 1.1 reads 1e-2 as a string: it wants 1.0e-2
+            return float(value) if not isinstance(value, bool) else float("x")
+        except (TypeError, ValueError):
+            pass
+    elif type(value) is hint:  # not isinstance: True is an int
+        return value
+    elif hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)  # data.root=128 is a folder name
+    expected = hint.__name__ if isinstance(hint, type) and get_origin(hint) is None else str(hint)
+    raise ValueError(f"{key}={value!r} is of type {type(value).__name__}; expected {expected}.")

@@ -1,0 +1,162 @@
+"""Processes: the only module that knows torch.distributed."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: rank in [0, world_size), the device it computes on, the CPU threads it may use."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    num_threads: int
+
+    @property
+    def is_main(self) -> bool:
+        """True in the one process that writes files and speaks."""
+        return self.rank == 0
+
+    def wrap(self, net: nn.Module) -> nn.Module:
+        """The net with gradients averaged over the processes; the net itself if there is one process."""
+        if self.world_size == 1:
+            return net
+        device_ids = None if self.device.type == "cpu" else [self.device.index]
+        return DistributedDataParallel(net, device_ids=device_ids)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum of a tensor over the processes, in place; the same in each."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def barrier(self) -> None:
+        """Wait until every process is here."""
+        if self.world_size > 1:
+            dist.barrier()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machines:
+    """Where a run computes. num_gpus, num_procs: per machine; num_gpus = 0 is the CPU, else a process has one GPU.
+
+    num_nodes machines find each other at `rdzv_endpoint` (host:port of one of them) under the name `rdzv_id`; these are
+    the options of torch's elastic launcher.
+    """
+
+    num_gpus: int = 0
+    num_procs: int = 1
+    num_nodes: int = 1
+    rdzv_backend: str = "c10d"
+    rdzv_endpoint: str = ""
+    rdzv_id: str = "twostream"
+
+    @property
+    def world_size(self) -> int:
+        return self.num_nodes * self.num_procs
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        """Add --gpus, --procs, --nodes and the rendezvous options."""
+        parser.add_argument("--gpus", type=int, default=0, help="GPUs of this machine to use; 0 (default): the CPU")
+        parser.add_argument("--procs", type=int, help="processes on this machine; default 1 per GPU, 1 on the CPU")
+        parser.add_argument("--nodes", type=int, default=1, help="machines; run the same command on each")
+        parser.add_argument("--rdzv-endpoint", default="", help="host:port of one of the machines")
+        parser.add_argument("--rdzv-id", default="twostream", help="name of the job, the same on every machine")
+        parser.add_argument("--rdzv-backend", default="c10d", help="rendezvous of torch's elastic launcher")
+
+    @staticmethod
+    def from_arguments(options: argparse.Namespace) -> Machines:
+        return Machines(
+            num_gpus=options.gpus,
+            num_procs=options.procs if options.procs is not None else max(1, options.gpus),
+            num_nodes=options.nodes,
+            rdzv_backend=options.rdzv_backend,
+            rdzv_endpoint=options.rdzv_endpoint,
+            rdzv_id=options.rdzv_id,
+        )
+
+    def check(self, batch_size: int | None = None) -> None:
+        """Raise ValueError if this machine lacks the GPUs or the global batch does not divide among the processes."""
+        available = torch.cuda.device_count()
+        if self.num_gpus > available:
+            raise ValueError(
+                f"--gpus {self.num_gpus}: this machine has {available} usable GPUs. Ask for at most {available}; "
+                "0 trains on the CPU."
+            )
+        if self.num_gpus and self.num_procs != self.num_gpus:
+            raise ValueError(f"--procs {self.num_procs} with --gpus {self.num_gpus}: a GPU has exactly one process.")
+        if self.num_procs < 1 or self.num_nodes < 1:
+            raise ValueError(f"--procs {self.num_procs} --nodes {self.num_nodes}: both must be at least 1.")
+        if self.num_nodes > 1 and not self.rdzv_endpoint:
+            raise ValueError(f"--nodes {self.num_nodes} needs --rdzv-endpoint HOST:PORT, the same on every machine.")
+        if batch_size is not None and batch_size % self.world_size:
+            raise ValueError(
+                f"train.batch_size={batch_size} cannot be split evenly over {self.world_size} processes; "
+                "choose a multiple."
+            )
+
+
+def launch(machines: Machines, work: Callable[..., None], *args: Any) -> None:
+    """Run `work(world, *args)` in every process: here if there is only one, else in children of the elastic launcher.
+
+    `work` must be importable and `args` picklable. Raises what `work` raises, or the launcher's ChildFailedError, which
+    names the first rank that failed and its error.
+    """
+    num_threads = max(1, len(os.sched_getaffinity(0)) // machines.num_procs)
+    device_type = "cuda" if machines.num_gpus else "cpu"
+    if machines.world_size == 1:
+        _in_this_process(device_type, num_threads, work, args)
+        return
+    # OpenMP libraries count their threads when a child starts, before it could call torch.set_num_threads.
+    os.environ.setdefault("OMP_NUM_THREADS", str(num_threads))
+    options = LaunchConfig(
+        min_nodes=machines.num_nodes,
+        max_nodes=machines.num_nodes,
+        nproc_per_node=machines.num_procs,
+        run_id=machines.rdzv_id,
+        rdzv_backend=machines.rdzv_backend,
+        rdzv_endpoint=machines.rdzv_endpoint or "localhost:0",  # port 0: any free one
+        local_addr="localhost" if machines.num_nodes == 1 else None,
+        max_restarts=0,
+    )
+    elastic_launch(options, _in_child)(device_type, num_threads, work, args)
+
+
+@record  # so that the launcher learns a child's error
+def _in_child(device_type: str, num_threads: int, work: Callable[..., None], args: tuple[Any, ...]) -> None:
+    _in_this_process(device_type, num_threads, work, args)
+
+
+def _in_this_process(device_type: str, num_threads: int, work: Callable[..., None], args: tuple[Any, ...]) -> None:
+    """Join the processes that the elastic launcher describes in the environment, if it does, and work."""
+    rank, world_size, local_rank = (
+        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
+    device = torch.device("cpu")
+    if device_type == "cuda":
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    torch.set_num_threads(num_threads)
+    world = World(rank, world_size, device, num_threads)
+    if world_size == 1:
+        work(world, *args)
+        return
+    dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+    try:
+        work(world, *args)
+    finally:
+        dist.destroy_process_group()

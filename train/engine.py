@@ -1,0 +1,201 @@
+"""Training of one stream: one plain loop."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import math
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from loaders.batch import Batch, StreamSpec
+from loaders.index import Index
+from nets.cnn_m import CNNM
+from train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from train.config import Config, to_flat
+from train.dist import World
+from train.log import TrainLog
+from train.meter import Meter
+from train.schedule import learning_rate
+
+logger = logging.getLogger(__name__)
+
+#: Name of the checkpoint in a stream's folder.
+CHECKPOINT = "checkpoint.pt"
+
+
+def stream_spec(config: Config, stream: str) -> StreamSpec:
+    """What the stream's loader delivers under this config."""
+    data = config.data
+    return StreamSpec(
+        stream=stream,
+        L=data.L,
+        crop_px=data.crop_px,
+        subtract_mean=data.subtract_mean,
+        color_jitter=data.color_jitter,
+        random_mirror=data.random_mirror,
+    )
+
+
+def loader_module(config: Config) -> Any:
+    """The module with the configured `train_loader` and `test_loader`."""
+    names = {"dali": "loaders.dali_loader", "reference": "loaders.reference"}
+    return importlib.import_module(names[config.data.loader])  # DALI is imported only where it is used
+
+
+def loader_options(config: Config, world: World) -> dict[str, Any]:
+    """The arguments that `train_loader` and `test_loader` share."""
+    return {
+        "rank": world.rank,
+        "world_size": world.world_size,
+        "device": str(world.device),
+        "num_threads": config.data.num_threads or world.num_threads,
+    }
+
+
+def build_net(config: Config, stream: str, num_classes: int, device: torch.device) -> CNNM:
+    """The stream's net on the device; its initial weights depend on the config alone."""
+    net = CNNM(
+        stream_spec(config, stream).num_channels,
+        num_classes,
+        width=config.model.width,
+        input_px=config.data.crop_px,
+        dropout=config.stream(stream).dropout,
+        second_lrn=stream == "spatial",
+        seed=config.train.seed,
+    )
+    net.to(device)
+    return net.to(memory_format=_memory_format(device))  # type: ignore[call-overload]
+
+
+def compute_logits(net: nn.Module, inputs: Tensor, masks: tuple[Tensor, ...] | None, config: Config) -> Tensor:
+    """One forward pass in the configured precision. Returns logits (N, num_classes) float32."""
+    kind = inputs.device.type
+    bfloat16 = config.train.precision == "bfloat16" or (config.train.precision == "auto" and kind == "cuda")
+    with torch.autocast(kind, torch.bfloat16, enabled=bfloat16):
+        return net(inputs.contiguous(memory_format=_memory_format(inputs.device)), masks).float()
+
+
+def train_stream(config: Config, stream: str, index: Index, folder: Path, world: World) -> None:
+    """Train one stream up to its last step, from the folder's checkpoint if there is one.
+
+    Leaves in `folder`: checkpoint.pt, log.jsonl and TensorBoard events. On the CPU a run that was stopped anywhere and
+    continued has bitwise the losses of one that was not.
+    Raises ValueError if the checkpoint belongs to another data set, FloatingPointError if the loss is not finite.
+    """
+    train, schedule = config.train, config.stream(stream)
+    net = build_net(config, stream, len(index.classes), world.device)
+    optimizer = torch.optim.SGD(net.parameters(), momentum=train.momentum, weight_decay=train.weight_decay)
+    start_step = _restore(net, optimizer, folder / CHECKPOINT, index)
+    logger.info("%s: training steps %d to %d", stream, start_step, schedule.steps)
+    if start_step == schedule.steps:
+        return
+    if train.compile:
+        net.compile()
+    model = world.wrap(net.train())
+    with _train_loader(config, stream, index, start_step, world) as loader, _open_log(folder, start_step, world) as log:
+        meter = Meter()
+        for step in tqdm(
+            range(start_step, schedule.steps),
+            desc=stream,
+            initial=start_step,
+            total=schedule.steps,
+            disable=None if world.is_main else True,
+        ):
+            batch = meter.next(loader)
+            lr = learning_rate(step, schedule.lr, schedule.milestones)
+            masks = net.draw_masks(
+                train.seed, step, batch_size=train.batch_size, rank=world.rank, world_size=world.world_size
+            )
+            loss = _update(model, optimizer, lr, batch, masks, config)
+            meter.count(train.batch_size)
+            done = step + 1
+            if done % train.log_every == 0 or done == schedule.steps:
+                record = {"step": done, "loss": _finite_mean(loss, stream, done, world), "lr": lr, **meter.lap()}
+                if log is not None:
+                    log.write(record)
+            if done % train.checkpoint_every == 0 or done == schedule.steps:
+                _save(net, optimizer, done, config, stream, index, folder, world)
+
+
+def _update(
+    model: nn.Module, optimizer: torch.optim.SGD, lr: float, batch: Batch, masks: tuple[Tensor, ...], config: Config
+) -> Tensor:
+    """One SGD update on this rank's slice of the global batch. Returns the slice's mean loss before it, a scalar.
+
+    Slices are equal, so the mean of the ranks' gradients, which the wrapped model computes, is the global batch's.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    loss = F.cross_entropy(compute_logits(model, batch.inputs, masks, config), batch.labels)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+def _finite_mean(loss: Tensor, stream: str, step: int, world: World) -> float:
+    """Mean loss of the global batch; on a GPU this waits for the step."""
+    mean = world.sum(loss.double()).item() / world.world_size
+    if not math.isfinite(mean):
+        raise FloatingPointError(f"{stream}: the loss is {mean} at step {step}; lower {stream}.lr.")
+    return mean
+
+
+def _train_loader(config: Config, stream: str, index: Index, start_step: int, world: World) -> Any:
+    loader = loader_module(config).train_loader(
+        index,
+        index.split(f"{config.data.split}_train"),
+        stream_spec(config, stream),
+        seed=config.train.seed,
+        batch_size=config.train.batch_size,
+        start_step=start_step,
+        **loader_options(config, world),
+    )
+    if loader.num_left_out:
+        logger.warning("%s: %d videos are too short for training and left out", stream, loader.num_left_out)
+    return loader
+
+
+def _open_log(folder: Path, start_step: int, world: World) -> AbstractContextManager[TrainLog | None]:
+    if not world.is_main:
+        return nullcontext()
+    folder.mkdir(parents=True, exist_ok=True)
+    return TrainLog(folder, start_step)
+
+
+def _restore(net: nn.Module, optimizer: torch.optim.SGD, path: Path, index: Index) -> int:
+    """Load net and optimizer from the checkpoint at `path`, if there is one. Returns the number of updates done."""
+    if not path.exists():
+        return 0
+    checkpoint = load_checkpoint(path, dataset=index.fingerprint)
+    net.load_state_dict(checkpoint.net)
+    optimizer.load_state_dict(checkpoint.optimizer)
+    return checkpoint.step
+
+
+def _save(
+    net: nn.Module,
+    optimizer: torch.optim.SGD,
+    step: int,
+    config: Config,
+    stream: str,
+    index: Index,
+    folder: Path,
+    world: World,
+) -> None:
+    if world.is_main:
+        state = Checkpoint(stream, step, net.state_dict(), optimizer.state_dict(), to_flat(config), index.fingerprint)
+        save_checkpoint(state, folder / CHECKPOINT)
+    world.barrier()  # nobody reads, or ends, before the file is there
+
+
+def _memory_format(device: torch.device) -> torch.memory_format:
+    """channels_last on a GPU, whose tensor cores want it."""
+    return torch.channels_last if device.type == "cuda" else torch.contiguous_format

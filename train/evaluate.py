@@ -1,0 +1,164 @@
+"""Class scores of whole videos: `python -m train.evaluate RUN`.
+
+A video's score is the softmax averaged over num_taus stacks at equal spacing x 10 views: the four corners and the
+centre, and their mirror images (sec. 5). The test list gets `eval.num_taus`, 25 in the paper; the training list, whose
+scores only fit the SVM, gets `eval.num_taus_train`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import logging
+import sys
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from loaders.index import Index, open_index
+from train.checkpoint import load_checkpoint
+from train.config import Config, read_config
+from train.dist import Machines, World, launch
+from train.engine import CHECKPOINT, build_net, compute_logits, loader_module, loader_options, stream_spec
+from train.scores import Scores, read_scores, write_scores
+
+logger = logging.getLogger(__name__)
+
+VIEWS_PER_TAU = 10
+PARTS = ("test", "train")
+
+
+def scores_path(run: Path, stream: str, part: str) -> Path:
+    """Where a run keeps a stream's scores of the "test" or "train" list."""
+    return run / stream / f"scores_{part}.npz"
+
+
+def evaluate_stream(config: Config, stream: str, index: Index, run: Path, world: World, *, force: bool = False) -> None:
+    """Score the split's test and training videos with the stream's checkpoint and store both score files.
+
+    A file that this checkpoint has written already is left alone unless `force`.
+    Raises FileNotFoundError without a checkpoint, ValueError if it belongs to another data set.
+    """
+    path = run / stream / CHECKPOINT
+    checkpoint = load_checkpoint(path, dataset=index.fingerprint)
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    net = build_net(config, stream, len(index.classes), world.device)
+    net.load_state_dict(checkpoint.net)
+    num_taus = {"test": config.eval.num_taus, "train": config.eval.num_taus_train}
+    for part in PARTS:
+        split_list = f"{config.data.split}_{part}"
+        done = world.is_main and not force and _is_scored(scores_path(run, stream, part), digest, num_taus[part])
+        if world.sum(torch.tensor(int(done), device=world.device)).item():
+            logger.info("%s: %s is scored already", stream, split_list)
+            continue
+        logger.info("%s: scoring %s in %d x %d views", stream, split_list, num_taus[part], VIEWS_PER_TAU)
+        rows = index.split(split_list)
+        scores, num_views = score_videos(net, config, stream, index, rows, num_taus[part], world)
+        if world.is_main:
+            result = Scores(
+                video_ids=np.array(index.video_ids(rows)),
+                labels=index.labels[rows],
+                scores=scores,
+                num_views=num_views,
+                classes=np.array(index.classes),
+                stream=stream,
+                split_list=split_list,
+                dataset=index.fingerprint,
+                checkpoint=digest,
+            )
+            write_scores(result, scores_path(run, stream, part))
+    world.barrier()  # every score file is there before anyone reads it
+
+
+def score_videos(
+    net: nn.Module,
+    config: Config,
+    stream: str,
+    index: Index,
+    rows: npt.NDArray[np.int64],
+    num_taus: int,
+    world: World,
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    """Mean softmax over num_taus x 10 views of the videos in `rows` of the index, which all processes share out.
+
+    Returns scores (V, K) float64, rows sum to 1, and num_views (V,), num_taus * 10 each; the same in every process.
+    """
+    slot_of_row = np.full(index.num_videos, -1)
+    slot_of_row[rows] = np.arange(len(rows))
+    sums = torch.zeros(len(rows), len(index.classes), dtype=torch.float64, device=world.device)
+    counts = torch.zeros(len(rows), dtype=torch.int64, device=world.device)
+    loader = loader_module(config).test_loader(
+        index,
+        rows,
+        stream_spec(config, stream),
+        num_taus=num_taus,
+        batch_size=config.eval.batch_size,
+        **loader_options(config, world),
+    )
+    net.eval()
+    with loader, torch.inference_mode():
+        for batch in tqdm(loader, desc=f"{stream} views", disable=None if world.is_main else True):
+            probabilities = compute_logits(net, batch.inputs, None, config).softmax(1)
+            # Padding has a slot too, any will do, and weight 0.
+            slots = torch.from_numpy(slot_of_row[batch.videos]).to(world.device)
+            valid = torch.from_numpy(batch.valid).to(world.device)
+            sums.index_add_(0, slots, probabilities.double() * valid[:, None])
+            counts.index_add_(0, slots, valid.long())
+    world.sum(sums)
+    world.sum(counts)
+    num_views = counts.cpu().numpy()
+    wrong = np.flatnonzero(num_views != num_taus * VIEWS_PER_TAU)
+    if len(wrong):
+        video_id = index.video_ids(rows[wrong[:1]])[0]
+        raise RuntimeError(
+            f"{len(wrong)} videos were not scored from {num_taus * VIEWS_PER_TAU} views, the first {video_id} from "
+            f"{num_views[wrong[0]]}; does a list name a video twice?"
+        )
+    return (sums / counts[:, None]).cpu().numpy(), num_views
+
+
+def _is_scored(path: Path, checkpoint_digest: str, num_taus: int) -> bool:
+    try:
+        stored = read_scores(path)
+    except (FileNotFoundError, ValueError):
+        return False
+    return stored.checkpoint == checkpoint_digest and bool((stored.num_views == num_taus * VIEWS_PER_TAU).all())
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line: score the streams that a run folder has checkpoints of."""
+    parser = argparse.ArgumentParser(prog="python -m train.evaluate", description="Score a run's videos again.")
+    parser.add_argument("run", type=Path, help="run folder of train.launch")
+    parser.add_argument("--force", action="store_true", help="score again what this checkpoint has scored already")
+    Machines.add_arguments(parser)
+    options = parser.parse_args(arguments)
+    try:
+        config = read_config(options.run / "config.yaml")
+        machines = Machines.from_arguments(options)
+        machines.check()
+        open_index(config.data.root)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    launch(machines, _evaluate, config, options.run, options.force)
+
+
+def _evaluate(world: World, config: Config, run: Path, force: bool) -> None:
+    """The work of one process of `main`."""
+    logging.basicConfig(level=logging.INFO if world.is_main else logging.WARNING, format="%(message)s")
+    index = open_index(config.data.root)
+    for stream in config.train.streams:
+        evaluate_stream(config, stream, index, run, world, force=force)
+        if world.is_main:
+            path = scores_path(run, stream, "test")
+            scores = read_scores(path)
+            num_correct = int((scores.scores.argmax(1) == scores.labels).sum())
+            print(f"{stream}: {num_correct} of {len(scores.labels)} test videos correct; scores in {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""A whole run: `python -m train.launch --gpus 4 --config ucf101 data.root=P`.
+
+Trains the configured streams one after the other, scores the split's videos, fuses the streams and prints the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from loaders.index import open_index
+from train.config import STREAMS, Config, differing_keys, read_config, resolve_config, short_hash, write_config
+from train.dist import Machines, World, launch
+from train.engine import CHECKPOINT, train_stream
+from train.evaluate import evaluate_stream, scores_path
+from train.fuse import fuse_runs, report, write_results
+
+
+def open_run(run: Path, config: Config, resume: str) -> None:
+    """Make `run` the folder of this config's run.
+
+    Args:
+        resume: "auto" continues what the folder holds; "never" deletes what an earlier run left there, nothing else.
+    Raises ValueError naming the keys that differ if the folder holds a run with another config and `resume` is "auto".
+    """
+    stored_path = run / "config.yaml"
+    if stored_path.exists() and resume == "auto":
+        differing = differing_keys(read_config(stored_path), config)
+        if differing:
+            raise ValueError(
+                f"{run} holds a run with another config: {'; '.join(differing)}. Ask for the stored values to continue "
+                "it, give another --run, or start over with --resume never."
+            )
+    elif stored_path.exists():
+        for pattern in (CHECKPOINT, "log.jsonl", "scores_*.npz", "events.out.tfevents.*"):
+            for path in (path for stream in STREAMS for path in (run / stream).glob(pattern)):
+                path.unlink()
+        for name in ("results.json", "results.txt"):
+            (run / name).unlink(missing_ok=True)
+    run.mkdir(parents=True, exist_ok=True)
+    write_config(config, stored_path)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line: everything that can be wrong with the request is reported before a process starts."""
+    parser = argparse.ArgumentParser(prog="python -m train.launch", description="Train, test and fuse both streams.")
+    parser.add_argument("--config", default="demo", help="name of a config in train/configs, or a YAML file")
+    parser.add_argument("--run", type=Path, help="run folder; default runs/<config>-<hash of the resolved config>")
+    parser.add_argument("--resume", choices=("auto", "never"), default="auto", help="continue the run folder's run")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as temporal.steps=300")
+    Machines.add_arguments(parser)
+    options = parser.parse_intermixed_args(arguments)
+    try:
+        config = resolve_config(options.config, options.overrides)
+        machines = Machines.from_arguments(options)
+        machines.check(config.train.batch_size)
+        open_index(config.data.root)
+        run = options.run or Path("runs") / f"{Path(options.config).stem}-{short_hash(config)}"
+        open_run(run, config, options.resume)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    launch(machines, _run, config, run)
+
+
+def _run(world: World, config: Config, run: Path) -> None:
+    """The work of one process."""
+    logging.basicConfig(level=logging.INFO if world.is_main else logging.WARNING, format="%(message)s")
+    index = open_index(config.data.root)
+    for stream in config.train.streams:
+        train_stream(config, stream, index, run / stream, world)
+    for stream in config.train.streams:
+        evaluate_stream(config, stream, index, run, world)
+    if world.is_main:
+        results = fuse_runs([run], config.fuse)
+        print(report(results))
+        print("\nwrote:")
+        for path in [run / "config.yaml", *write_results(results, run)]:
+            print(f"  {path}")
+        for stream in config.train.streams:
+            for name in (CHECKPOINT, "log.jsonl"):
+                print(f"  {run / stream / name}")
+            for part in ("test", "train"):
+                print(f"  {scores_path(run, stream, part)}")
+
+
+if __name__ == "__main__":
+    main()
