@@ -191,7 +191,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=RESULTS / "loader_throughput.json")
     parser.add_argument("--quick", action="store_true", help="one short round on small crops: does it run?")
     arguments = parser.parse_args(argv)
-    arguments.L, arguments.crop_px = (2, 64) if arguments.quick else (10, 224)
+    arguments.L, arguments.crop_px = (2, 40) if arguments.quick else (10, 224)
     if arguments.quick:
         arguments.rounds, arguments.seconds, arguments.batch_size = 1, 0.2, 8
     # On a GPU the decoders may differ by two codes.

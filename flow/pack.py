@@ -10,7 +10,6 @@ At the end come index, splits and reports, then dataset.json: where it exists, t
 
 import argparse
 import json
-import shutil
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
@@ -25,7 +24,7 @@ from flow.extract import DEFAULT_METHOD, FLOW_METHODS, flow_method
 from flow.fragment import FragmentReport, FragmentTask, Totals, write_fragment
 from flow.index import build_index
 from flow.pool import default_num_workers, run_pool
-from flow.resume import WORK_FOLDER, begin, compare_settings, input_digest, is_finished, locked, state_path
+from flow.resume import WORK_FOLDER, begin, clear, compare_settings, input_digest, is_finished, locked, state_path
 from flow.shard import FORMAT_VERSION, commit_shard, shard_name, write_bytes, write_json
 
 VIDEOS_PER_SHARD = 32
@@ -89,7 +88,7 @@ def pack(
             begin(out, settings)
             _pack_shards(catalog, out, settings, num_workers or default_num_workers())
             report = _finish(catalog, out, settings)
-        shutil.rmtree(out / WORK_FOLDER)
+        clear(out / WORK_FOLDER)
     return report
 
 

@@ -22,10 +22,10 @@ def default_num_workers() -> int:
 def run_pool(
     function: Callable[[Task], Result], tasks: Iterable[Task], num_workers: int
 ) -> Iterator[tuple[Task, Result | None]]:
-    """Yield (task, function(task)) as they are done, in any order; None for a task whose process dies every time.
+    """Yield (task, function(task)) as they are done, in any order; None for a task whose process dies.
 
     A process that is killed, or crashes in a decoder, takes the whole pool with it. The tasks that were under way are
-    then repeated one at a time, so that only the guilty one is lost. An exception of `function` is raised here.
+    then repeated one at a time, and only one whose process dies again is lost. Exceptions of `function` are raised.
     """
     todo = iter(tasks)
     running: dict[Future[Result], Task] = {}

@@ -9,6 +9,7 @@ OUT/.pack/run-*/              fragments of the shards in work; of no use to the 
 import fcntl
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,7 +31,18 @@ def locked(work: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"Another pack into {work.parent} is running. Wait, or choose another --out.") from None
-        yield
+        try:
+            yield
+        finally:
+            if os.listdir(work) == ["lock"]:  # the pack is complete, or was refused
+                shutil.rmtree(work)
+
+
+def clear(work: Path) -> None:
+    """Remove all but the lock."""
+    for path in work.iterdir():
+        if path.name != "lock":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def input_digest(catalog: Catalog) -> str:

@@ -24,7 +24,9 @@ def ids(videos):
 
 
 def test_ids_are_paths_and_classes_are_folders(tmp_path):
-    root = make_files(tmp_path, "B/001.mp4", "A/001.mp4", "deep/C/x.y.AVI", "A/notes.txt", "A/._001.mp4", ".tmp/A/2.avi")
+    root = make_files(
+        tmp_path, "B/001.mp4", "A/001.mp4", "deep/C/x.y.AVI", "A/notes.txt", "A/._001.mp4", ".tmp/A/2.avi"
+    )
     videos = list_videos(root)
     assert ids(videos) == ["A/001", "B/001", "deep/C/x.y"]
     assert [video.class_name for video in videos] == ["A", "B", "C"]
@@ -67,7 +69,9 @@ def test_the_seeded_order_is_a_permutation_that_the_seed_decides():
 
 def test_the_split_by_folder_is_disjoint_whole_and_fair(tmp_path):
     sizes = {"one": 1, "two": 2, "ten": 10, "many": 97}
-    videos = list_videos(make_files(tmp_path, *(f"{name}/{n}.avi" for name, size in sizes.items() for n in range(size))))
+    videos = list_videos(
+        make_files(tmp_path, *(f"{name}/{n}.avi" for name, size in sizes.items() for n in range(size)))
+    )
     splits = split_by_folder(videos, seed=3)
     train, test = (set(splits[f"split1_{side}"]) for side in ("train", "test"))
     assert train.isdisjoint(test) and train | test == set(ids(videos))

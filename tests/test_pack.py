@@ -103,7 +103,7 @@ def test_dataset_json_adds_up(videos, packed):
         for frames in (list(read_frames(video.path, 48)) for video in list_videos(videos))
     )
     assert summary["float32_bytes"] == 4 * pixels and summary["ratio"] == 4 * pixels / summary["flow_bytes"] > 5
-    assert 0 < summary["quantisation_error_mean_px"] < 0.05 < summary["quantisation_error_max_px"] < 5
+    assert 0 < summary["quantisation_error_mean_px"] < summary["quantisation_error_max_px"] < 1
     assert 0 < summary["flow_s_per_pair"] < summary["s_per_pair"] < 1
     assert dataset["flow"]["method"] == "dis" and dataset["size_px"] == 48 and dataset["backward"] is True
     assert not (packed / ".pack").exists() and not (packed / "bad_videos.txt").exists()
@@ -291,8 +291,10 @@ def work(task):
 
 
 def test_a_process_that_dies_costs_only_its_own_task(tmp_path):
-    results = {task[0]: result for task, result in run_pool(work, [(n, tmp_path) for n in range(9)], 2)}
-    assert results == {n: None if n == 3 else n * n for n in range(9)}
+    for numbers in (range(5), range(4, 9)):
+        results = {task[0]: result for task, result in run_pool(work, [(n, tmp_path) for n in numbers], 2)}
+        assert results == {n: None if n == 3 else n * n for n in numbers}
+    assert (tmp_path / "killed").exists()
 
 
 def test_an_exception_of_a_task_is_raised(tmp_path):

@@ -52,7 +52,7 @@ def test_every_damaged_image_is_named(copy):
     found = damages(copy)
     assert len(found) == 4 and "SHA-256" in found[0]
     for (name, offset, _), line in zip(places, found[1:], strict=True):
-        assert f"{shard(copy).name}: {name} at offset {offset} is damaged" in line
+        assert f"{shard(copy).name}: {name} at offset {offset}: damaged" in line
 
 
 def test_behind_a_damaged_tar_header_the_index_leads_on(copy):
@@ -62,8 +62,8 @@ def test_behind_a_damaged_tar_header_the_index_leads_on(copy):
     overwrite(shard(copy), behind[1] + 40, b"damage")
     found = damages(copy)
     assert any(f"damaged tar header at offset {offset - 512}" in line for line in found)
-    assert any(f"{behind[0]} at offset {behind[1]} is damaged" in line for line in found)
-    assert not any(header_of in line and "is damaged" in line for line in found), "the image itself is whole"
+    assert any(f"{behind[0]} at offset {behind[1]}: damaged" in line for line in found)
+    assert not any(header_of in line and ": damaged" in line for line in found), "the image itself is whole"
     total = json.loads((copy / "dataset.json").read_text())
     assert verify.verify(copy, num_workers=1).num_members == total["num_frames"] + 2 * total["num_fields"]
 

@@ -1,0 +1,167 @@
+"""The main job on real clips: both streams and their fusions, pooled over official splits and seeds, with intervals.
+
+    python benchmarks/accuracy.py --data PACKED [--config ucf101_mini] [--splits 1 2 3] [--seeds 0 1 2] [--runs DIR]
+
+Trains what is not trained yet (a run that was stopped goes on), then reads every run's results. The test lists of the
+splits share no source video, so their videos are pooled; a video's correctness is averaged over the seeds. Videos cut
+from one source are alike, so the intervals, 95 %, are bootstrapped over *sources*, and so are the paired differences.
+
+The floor that a temporal net has to beat is measured beside it: a histogram of flow, per video, with a linear SVM.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from common import RESULTS, write_result
+
+import numpy as np  # isort: skip
+from sklearn.preprocessing import normalize
+from tqdm import tqdm
+
+from flow.codec import decode_component
+from flow.fields import subtract_mean
+from flow.shard import read_member
+from loaders.index import Index, open_index
+from train.config import FuseConfig
+from train.fuse import TITLES, choose_C, fit_svm, source_group
+
+NUM_BINS, GRID, STILL_PX = 8, 3, 0.15
+FLOOR = "Histogram of flow, linear SVM"
+
+
+def flow_histogram(index: Index, row: int) -> np.ndarray:
+    """Histogram of flow of a video: (GRID * GRID * (NUM_BINS + 1),), square root of the shares, as is usual for them.
+
+    Each vector of each second field, less the field's mean, votes with its length for its direction, in its cell of a
+    3x3 grid; vectors shorter than STILL_PX px vote for "still". Votes are summed over the video.
+    """
+    histogram = np.zeros((GRID, GRID, NUM_BINS + 1))
+    shard = index.root / index.shards[index.shard[row]]
+    for frame in range(0, int(index.num_frames[row]) - 1, 2):
+        components, means = [], []
+        for kind in ("dx", "dy"):
+            entry = index.entries[kind][index.first_row[row] + frame]
+            jpeg = read_member(shard, int(entry["offset"]), int(entry["size"]), int(entry["crc32"]), kind)
+            components.append(decode_component(jpeg, float(entry["lo"]), float(entry["hi"])))
+            means.append(entry["mean"])
+        field = subtract_mean(np.stack(components), np.array(means, np.float32))
+        length = np.hypot(*field)
+        turn = (np.arctan2(field[1], field[0]) / (2 * np.pi) + 0.5 / NUM_BINS) % 1
+        bins = np.where(length < STILL_PX, NUM_BINS, (turn * NUM_BINS).astype(int) % NUM_BINS)
+        votes = np.where(length < STILL_PX, STILL_PX, length)
+        for y, x in np.ndindex(GRID, GRID):
+            cell = np.s_[y * length.shape[0] // GRID : (y + 1) * length.shape[0] // GRID,
+                         x * length.shape[1] // GRID : (x + 1) * length.shape[1] // GRID]  # fmt: skip
+            histogram[y, x] += np.bincount(bins[cell].ravel(), votes[cell].ravel(), NUM_BINS + 1)
+    return np.sqrt(histogram.ravel() / histogram.sum())
+
+
+def floor_predictions(index: Index, splits: list[str]) -> dict[str, np.ndarray]:
+    """Split -> predicted classes of its test list, by a linear SVM on histograms; C chosen within the training list."""
+    rows = range(index.num_videos)
+    features = normalize([flow_histogram(index, row) for row in tqdm(rows, desc="histograms", disable=None)])
+    predicted = {}
+    for split in splits:
+        train, test = index.split(f"{split}_train"), index.split(f"{split}_test")
+        groups = [source_group(video_id) for video_id in index.video_ids(train)]
+        accuracy = choose_C(features[train], index.labels[train], groups, FuseConfig(C=[0.1, 1.0, 10.0, 100.0, 1000.0]))
+        best = max(accuracy, key=lambda C: (accuracy[C], -C))
+        predicted[split] = fit_svm(features[train], index.labels[train], best).predict(features[test])
+    return predicted
+
+
+def bootstrap_pct(correct: np.ndarray, groups: np.ndarray, draws: int = 10_000) -> list[float]:
+    """95 % interval, in percent, of the mean of `correct` (V,), resampling whole groups of videos."""
+    names, group = np.unique(groups, return_inverse=True)
+    sums, counts = np.bincount(group, correct), np.bincount(group)
+    chosen = np.random.default_rng(0).integers(0, len(names), (draws, len(names)))
+    means = sums[chosen].sum(1) / counts[chosen].sum(1)
+    return [float(100 * q) for q in np.quantile(means, [0.025, 0.975])]
+
+
+def collect(runs: Path, index: Index, splits: list[str], seeds: list[int]) -> tuple[dict[str, np.ndarray], list, dict]:
+    """Method -> correctness (V,) of the pooled test videos, mean over seeds; their ids; and the pooled confusions."""
+    found: dict[str, list[np.ndarray]] = {}
+    confusions: dict[str, np.ndarray] = {}
+    ids: list[str] = []
+    for split in splits:
+        results = [json.loads((runs / f"{split}_seed{seed}" / "results.json").read_text()) for seed in seeds]
+        if any(r["dataset"] != index.fingerprint or r["video_ids"] != results[0]["video_ids"] for r in results):
+            sys.exit(f"runs of {split} in {runs} are of another data set than {index.root}; choose another --runs")
+        ids += results[0]["video_ids"]
+        labels = np.array(results[0]["labels"])
+        for method in results[0]["methods"]:
+            predicted = np.array([r["methods"][method]["predicted"] for r in results])  # (seeds, videos)
+            found.setdefault(method, []).append((predicted == labels).mean(0))
+            counts = confusions.setdefault(method, np.zeros((len(index.classes),) * 2, int))
+            np.add.at(counts, (np.broadcast_to(labels, predicted.shape), predicted), 1)
+    return {method: np.concatenate(parts) for method, parts in found.items()}, ids, confusions
+
+
+def data_wait_pct(runs: list[Path]) -> dict[str, dict[str, float]]:
+    """Stream -> median data_wait_pct and samples_per_s over the log lines of all runs."""
+    medians: dict[str, dict[str, float]] = {}
+    for stream in ("spatial", "temporal"):
+        lines = [json.loads(line) for run in runs for line in (run / stream / "log.jsonl").read_text().splitlines()]
+        medians[stream] = {key: float(np.median([line[key] for line in lines])) for key in ("data_wait_pct", "samples_per_s")}
+    return medians
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Accuracy on real clips, pooled over splits and seeds.")
+    parser.add_argument("--data", type=Path, required=True, help="packed data set with its splits")
+    parser.add_argument("--config", default="ucf101_mini")
+    parser.add_argument("--splits", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--runs", type=Path, help="folder of the runs (default: runs/CONFIG)")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/accuracy_CONFIG.json")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for train.launch")
+    options = parser.parse_intermixed_args(argv)
+    folder = options.runs or Path("runs") / options.config
+    splits = [f"split{split}" for split in options.splits]
+    index = open_index(options.data)
+    runs = [(split, seed, folder / f"{split}_seed{seed}") for seed in options.seeds for split in splits]
+    for split, seed, run in runs:
+        if not (run / "results.json").exists():
+            arguments = ["--gpus", "0", "--config", options.config, "--run", str(run), f"data.root={options.data}"]
+            arguments += [f"data.split={split}", f"train.seed={seed}", *options.overrides]
+            subprocess.run([sys.executable, "-m", "train.launch", *arguments], check=True)
+
+    correct, ids, confusions = collect(folder, index, splits, options.seeds)
+    floor = floor_predictions(index, splits)
+    correct["floor"] = np.concatenate([floor[s] == index.labels[index.split(f"{s}_test")] for s in splits]).astype(float)
+    groups = np.array([source_group(video_id) for video_id in ids])
+    titles = {**TITLES, "floor": FLOOR}
+    methods = {
+        method: {"title": titles[method], "accuracy_pct": 100 * values.mean(), "interval_95_pct": bootstrap_pct(values, groups)}
+        for method, values in correct.items()
+    }
+    differences = {
+        f"{a} - {b}": {"pct": 100 * (correct[a] - correct[b]).mean(), "interval_95_pct": bootstrap_pct(correct[a] - correct[b], groups)}
+        for a, b in combinations(correct, 2)
+    }
+    out = options.out or RESULTS / f"accuracy_{options.config}.json"
+    config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+    config |= {"dataset": index.fingerprint, "resolved": (runs[0][2] / "config.yaml").read_text()}
+    write_result(
+        out, config, num_videos=len(ids), num_sources=len(set(groups)), num_seeds=len(options.seeds), chance_pct=100 / len(index.classes),
+        classes=index.classes, methods=methods, differences=differences,
+        confusions={method: counts.tolist() for method, counts in confusions.items()}, training=data_wait_pct([run for *_, run in runs]),
+    )  # fmt: skip
+    for method in methods.values():
+        low, high = method["interval_95_pct"]
+        print(f"{method['title']:32} {method['accuracy_pct']:5.1f} %   {low:.1f} to {high:.1f} %")
+    for name, difference in differences.items():
+        low, high = difference["interval_95_pct"]
+        print(f"{name:32} {difference['pct']:+5.1f}     {low:+.1f} to {high:+.1f}")
+    print(f"{len(ids)} test videos from {len(set(groups))} sources, {len(options.seeds)} seeds; written to {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""Writes the README's tables from benchmarks/results/*.json: `python benchmarks/readme.py`. A test compares the two."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def accuracy_table(result: dict[str, Any]) -> str:
+    lines = ["| | accuracy | 95 % interval |", "| --- | --- | --- |"]
+    for method in result["methods"].values():
+        low, high = method["interval_95_pct"]
+        lines.append(f"| {method['title']} | {method['accuracy_pct']:.1f} % | {low:.1f} to {high:.1f} % |")
+    seeds = "1 seed" if result["num_seeds"] == 1 else f"{result['num_seeds']} seeds"
+    lines.append(
+        f"\n{result['num_videos']} test videos from {result['num_sources']} sources, {seeds}; chance "
+        f"{result['chance_pct']:.0f} %. Intervals are bootstrapped over sources. Paired differences in points:\n"
+    )
+    lines += ["| | difference | 95 % interval |", "| --- | --- | --- |"]
+    for name, difference in result["differences"].items():
+        low, high = difference["interval_95_pct"]
+        lines.append(f"| {name} | {difference['pct']:+.1f} | {low:+.1f} to {high:+.1f} |")
+    return "\n".join(lines)
+
+
+def confusion_table(result: dict[str, Any]) -> str:
+    """Counts of the averaged streams, over splits and seeds: row = true class, column = predicted."""
+    names = result["classes"]
+    lines = ["| true \\ predicted | " + " | ".join(names) + " | recall |", "| --- |" + " --- |" * (len(names) + 1)]
+    for name, row, k in zip(names, result["confusions"]["average"], range(len(names)), strict=True):
+        lines.append(f"| {name} | " + " | ".join(map(str, row)) + f" | {100 * row[k] / sum(row):.0f} % |")
+    return "\n".join(lines)
+
+
+def throughput_table(result: dict[str, Any]) -> str:
+    lines = [
+        "| stream | loader | samples/s, median (min to max) | to torch DataLoader | to ceiling |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in result["rows"]:
+        rate = row["samples_per_s"]
+        lines.append(
+            f"| {row['stream']} | `{row['name']}` | {rate['median']:.0f} ({rate['min']:.0f} to {rate['max']:.0f}) | "
+            f"{row['ratio_to_torch_dataloader']:.2f} | {row['ratio_to_ceiling']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "accuracy": ("accuracy_ucf101_mini.json", accuracy_table),
+    "confusion": ("accuracy_ucf101_mini.json", confusion_table),
+    "throughput": ("loader_throughput.json", throughput_table),
+}
+
+
+def render(text: str) -> str:
+    """The README with every table between its markers written anew."""
+    for name, (file, table) in TABLES.items():
+        content = table(json.loads((RESULTS / file).read_text()))
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+        text, count = re.subn(pattern, lambda found, content=content: f"{found[1]}\n{content}\n\n{found[2]}", text, flags=re.S)  # fmt: skip
+        if count != 1:
+            raise ValueError(f"README.md has {count} places for the table {name!r}; expected one pair of markers.")
+    return text
+
+
+if __name__ == "__main__":
+    path = ROOT / "README.md"
+    path.write_text(render(path.read_text()))
