@@ -1,4 +1,4 @@
-"""Two-stream action recognition whose data loading disappears. Exact versions for development stand in constraints.txt."""
+"""Two-stream action recognition whose data loading disappears. Exact versions stand in constraints.txt."""
 
 from setuptools import find_packages, setup
 

@@ -108,8 +108,37 @@ def data_wait_pct(runs: list[Path]) -> dict[str, dict[str, float]]:
     medians: dict[str, dict[str, float]] = {}
     for stream in ("spatial", "temporal"):
         lines = [json.loads(line) for run in runs for line in (run / stream / "log.jsonl").read_text().splitlines()]
-        medians[stream] = {key: float(np.median([line[key] for line in lines])) for key in ("data_wait_pct", "samples_per_s")}
+        medians[stream] = {
+            key: float(np.median([line[key] for line in lines])) for key in ("data_wait_pct", "samples_per_s")
+        }
     return medians
+
+
+def train_missing(options: argparse.Namespace, folder: Path) -> list[Path]:
+    """Folders of all runs, (seed, split) by (seed, split); those without results are trained, or go on."""
+    runs = []
+    for seed in options.seeds:
+        for split in options.splits:
+            run = folder / f"split{split}_seed{seed}"
+            runs.append(run)
+            if not (run / "results.json").exists():
+                arguments = ["--gpus", "0", "--config", options.config, "--run", str(run)]
+                arguments += [f"data.root={options.data}", f"data.split=split{split}", f"train.seed={seed}"]
+                subprocess.run([sys.executable, "-m", "train.launch", *arguments, *options.overrides], check=True)
+    return runs
+
+
+def analyse(correct: dict[str, np.ndarray], groups: np.ndarray) -> dict[str, Any]:
+    """Accuracy of every method and the paired difference of every two, each with its interval, in percent."""
+
+    def with_interval(values: np.ndarray) -> dict[str, Any]:
+        return {"pct": float(100 * values.mean()), "interval_95_pct": bootstrap_pct(values, groups)}
+
+    titles = {**TITLES, "floor": FLOOR}
+    return {
+        "methods": {method: {"title": titles[method], **with_interval(v)} for method, v in correct.items()},
+        "differences": {f"{a} - {b}": with_interval(correct[a] - correct[b]) for a, b in combinations(correct, 2)},
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -122,44 +151,37 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/accuracy_CONFIG.json")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for train.launch")
     options = parser.parse_intermixed_args(argv)
+
+    index = open_index(options.data)
     folder = options.runs or Path("runs") / options.config
     splits = [f"split{split}" for split in options.splits]
-    index = open_index(options.data)
-    runs = [(split, seed, folder / f"{split}_seed{seed}") for seed in options.seeds for split in splits]
-    for split, seed, run in runs:
-        if not (run / "results.json").exists():
-            arguments = ["--gpus", "0", "--config", options.config, "--run", str(run), f"data.root={options.data}"]
-            arguments += [f"data.split={split}", f"train.seed={seed}", *options.overrides]
-            subprocess.run([sys.executable, "-m", "train.launch", *arguments], check=True)
-
+    runs = train_missing(options, folder)
     correct, ids, confusions = collect(folder, index, splits, options.seeds)
     floor = floor_predictions(index, splits)
-    correct["floor"] = np.concatenate([floor[s] == index.labels[index.split(f"{s}_test")] for s in splits]).astype(float)
+    correct["floor"] = np.concatenate([floor[s] == index.labels[index.split(f"{s}_test")] for s in splits]).astype(
+        float
+    )
     groups = np.array([source_group(video_id) for video_id in ids])
-    titles = {**TITLES, "floor": FLOOR}
-    methods = {
-        method: {"title": titles[method], "accuracy_pct": 100 * values.mean(), "interval_95_pct": bootstrap_pct(values, groups)}
-        for method, values in correct.items()
-    }
-    differences = {
-        f"{a} - {b}": {"pct": 100 * (correct[a] - correct[b]).mean(), "interval_95_pct": bootstrap_pct(correct[a] - correct[b], groups)}
-        for a, b in combinations(correct, 2)
+    result = {
+        "num_videos": len(ids),
+        "num_sources": len(set(groups)),
+        "num_seeds": len(options.seeds),
+        "chance_pct": 100 / len(index.classes),
+        "classes": index.classes,
+        **analyse(correct, groups),
+        "confusions": {method: counts.tolist() for method, counts in confusions.items()},
+        "training": data_wait_pct(runs),
     }
     out = options.out or RESULTS / f"accuracy_{options.config}.json"
-    config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
-    config |= {"dataset": index.fingerprint, "resolved": (runs[0][2] / "config.yaml").read_text()}
-    write_result(
-        out, config, num_videos=len(ids), num_sources=len(set(groups)), num_seeds=len(options.seeds), chance_pct=100 / len(index.classes),
-        classes=index.classes, methods=methods, differences=differences,
-        confusions={method: counts.tolist() for method, counts in confusions.items()}, training=data_wait_pct([run for *_, run in runs]),
-    )  # fmt: skip
-    for method in methods.values():
-        low, high = method["interval_95_pct"]
-        print(f"{method['title']:32} {method['accuracy_pct']:5.1f} %   {low:.1f} to {high:.1f} %")
-    for name, difference in differences.items():
-        low, high = difference["interval_95_pct"]
-        print(f"{name:32} {difference['pct']:+5.1f}     {low:+.1f} to {high:+.1f}")
-    print(f"{len(ids)} test videos from {len(set(groups))} sources, {len(options.seeds)} seeds; written to {out}")
+    config = {"dataset": index.fingerprint, "resolved": (runs[0] / "config.yaml").read_text()}
+    config |= {"splits": options.splits, "seeds": options.seeds, "overrides": options.overrides}
+    write_result(out, config, **result)
+    for title, row in [(m["title"], m) for m in result["methods"].values()] + list(result["differences"].items()):
+        low, high = row["interval_95_pct"]
+        print(f"{title:32} {row['pct']:6.1f}   {low:.1f} to {high:.1f}")
+    print(
+        f"in %, of {len(ids)} test videos from {len(set(groups))} sources, {len(options.seeds)} seeds; written to {out}"
+    )
     return 0
 
 

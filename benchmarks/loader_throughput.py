@@ -90,7 +90,9 @@ def write_loose_files(folder: Path, index: Index, videos: Population, kinds: tup
                 for frame, entry in enumerate(index.entries[kind][first : first + int(index.num_frames[video])]):
                     if entry["size"]:
                         shard.seek(int(entry["offset"]))
-                        (folder / f"{video:06d}" / f"{kind}_{frame:05d}.jpg").write_bytes(shard.read(int(entry["size"])))
+                        (folder / f"{video:06d}" / f"{kind}_{frame:05d}.jpg").write_bytes(
+                            shard.read(int(entry["size"]))
+                        )
 
 
 def ceiling(index: Index, videos: Population, spec: StreamSpec, batch_size: int, cores: int) -> Iterator[None]:
@@ -120,9 +122,7 @@ def rows(folder: Path, index: Index, spec: StreamSpec, arguments: argparse.Names
         return iter(loader)
 
     def ours() -> Iterator[torch.Tensor]:
-        loader = dali_loader.train_loader(
-            index, listed, spec, device=arguments.device, num_threads=cores, **options
-        )
+        loader = dali_loader.train_loader(index, listed, spec, device=arguments.device, num_threads=cores, **options)
         return (batch.inputs for batch in loader)
 
     makers: dict[str, Callable[[], Any]] = {"ours_k1": ours}
@@ -133,7 +133,9 @@ def rows(folder: Path, index: Index, spec: StreamSpec, arguments: argparse.Names
     return makers
 
 
-def measure(makers: dict[str, Callable[[], Any]], arguments: argparse.Namespace, progress: Any) -> dict[str, list[float]]:
+def measure(
+    makers: dict[str, Callable[[], Any]], arguments: argparse.Namespace, progress: Any
+) -> dict[str, list[float]]:
     """Samples/s of every row in every round. A round takes each row in turn, at least `seconds` long."""
     rates: dict[str, list[float]] = {name: [] for name in makers}
     expected = next(makers["reference"]())

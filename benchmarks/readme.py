@@ -14,7 +14,7 @@ def accuracy_table(result: dict[str, Any]) -> str:
     lines = ["| | accuracy | 95 % interval |", "| --- | --- | --- |"]
     for method in result["methods"].values():
         low, high = method["interval_95_pct"]
-        lines.append(f"| {method['title']} | {method['accuracy_pct']:.1f} % | {low:.1f} to {high:.1f} % |")
+        lines.append(f"| {method['title']} | {method['pct']:.1f} % | {low:.1f} to {high:.1f} % |")
     seeds = "1 seed" if result["num_seeds"] == 1 else f"{result['num_seeds']} seeds"
     lines.append(
         f"\n{result['num_videos']} test videos from {result['num_sources']} sources, {seeds}; chance "
@@ -61,8 +61,9 @@ def render(text: str) -> str:
     """The README with every table between its markers written anew."""
     for name, (file, table) in TABLES.items():
         content = table(json.loads((RESULTS / file).read_text()))
-        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
-        text, count = re.subn(pattern, lambda found, content=content: f"{found[1]}\n{content}\n\n{found[2]}", text, flags=re.S)  # fmt: skip
+        # Spelled as a function: the table's backslashes are no escapes.
+        block = f"<!-- {name} -->\n\n{content}\n\n<!-- /{name} -->"
+        text, count = re.subn(rf"<!-- {name} -->.*?<!-- /{name} -->", lambda _, block=block: block, text, flags=re.S)
         if count != 1:
             raise ValueError(f"README.md has {count} places for the table {name!r}; expected one pair of markers.")
     return text

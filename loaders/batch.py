@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     import torch
 
 #: The temporal net's input is displacement in px (at the stored size), after mean subtraction, times this. On real
-#: clips px/frame has a standard deviation of 1.1 (frames of 128 px) to 1.3 (256 px), the scale He initialisation expects.
+#: clips px/frame has a standard deviation of 1.1 (frames of 128 px) to 1.3 (256 px), near the 1 that He initialisation
+#: expects.
 FLOW_SCALE = 1.0
 
 #: ImageNet's RGB statistics in grey levels: the spatial net's input is (x - mean) / std.

@@ -60,7 +60,7 @@ class ReferenceLoader:
                 yield self._batch(draw, windows)
 
     def _samples(self, encoded: Encoded) -> list[Array]:
-        """Each sample's whole frame (3, H, W) in grey levels, or its fields (L, 2, H, W) in px/frame less their means."""
+        """Each sample's whole frame (3, H, W) in grey levels, or fields (L, 2, H, W) in px/frame less their means."""
         spec = self._source.spec
         images = [image.tobytes() for image in encoded.images]
         if spec.stream == "spatial":

@@ -6,14 +6,32 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import accuracy  # noqa: E402
+import decode_rates  # noqa: E402
+import readme  # noqa: E402
+
+from tests.tiny import tiny_overrides  # noqa: E402
 
 
 @pytest.mark.slow
 def test_gpu_proof_runs_its_steps_on_the_cpu(packed_demo, tmp_path):
-    command = ["bash", "benchmarks/gpu_proof.sh", "--device", "cpu", "--quick", "--data", packed_demo, "--out", tmp_path]
+    command = [
+        "bash",
+        "benchmarks/gpu_proof.sh",
+        "--device",
+        "cpu",
+        "--quick",
+        "--data",
+        packed_demo,
+        "--out",
+        tmp_path,
+    ]
     environment = {**os.environ, "PYTHON": sys.executable}
     result = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -38,9 +56,6 @@ def test_gpu_proof_runs_its_steps_on_the_cpu(packed_demo, tmp_path):
 
 def test_a_case_that_crashes_is_a_result(packed_demo, tmp_path):
     """`mixed` without a GPU fails in its own process; the parent reports it and goes on."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    import decode_rates
-
     options = decode_rates.parse(["--quick"])
     case = dict(stream="temporal", device="cpu", decoder="mixed", region=1, batch_size=4)
     row = decode_rates.run_case(case, options, packed_demo)
@@ -50,3 +65,44 @@ def test_a_case_that_crashes_is_a_result(packed_demo, tmp_path):
 def test_an_unknown_argument_is_refused():
     result = subprocess.run(["bash", "benchmarks/gpu_proof.sh", "--fast"], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2 and "unknown argument --fast; known: --device" in result.stderr
+
+
+@pytest.mark.slow
+def test_accuracy_pools_runs_and_goes_on_with_what_is_there(packed_demo, tmp_path):
+    command = ["--data", str(packed_demo), "--config", "demo", "--splits", "1", "--seeds", "0", "1"]
+    command += ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "accuracy.json")]
+    command += [override for override in tiny_overrides(packed_demo) if not override.startswith("data.root")]
+    assert accuracy.main(command) == 0
+    trained = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("checkpoint.pt")}
+    assert len(trained) == 4
+    assert accuracy.main(command) == 0
+    assert trained == {path: path.stat().st_mtime_ns for path in trained}
+
+    result = json.loads((tmp_path / "accuracy.json").read_text())
+    assert result["num_videos"] == 12 and result["num_sources"] == 12 and result["num_seeds"] == 2
+    runs = [json.loads((tmp_path / "runs" / f"split1_seed{seed}" / "results.json").read_text()) for seed in (0, 1)]
+    for method in ("spatial", "temporal", "average", "svm"):
+        mean = np.mean([run["methods"][method]["accuracy_pct"] for run in runs])
+        assert result["methods"][method]["pct"] == pytest.approx(mean)
+        assert np.array(result["confusions"][method]).sum() == 24
+    a, b = result["methods"]["average"]["pct"], result["methods"]["floor"]["pct"]
+    assert result["differences"]["average - floor"]["pct"] == pytest.approx(a - b)
+    # motions differ under the histogram, appearances do not: the floor has half of the information
+    assert b >= 100 / 3
+
+
+def test_bootstrap_intervals_widen_with_dependence():
+    """Copies of a video add nothing: grouped, ten copies of twenty videos tell as much as the twenty."""
+    rng = np.random.default_rng(0)
+    single = (rng.random(20) < 0.7).astype(float)
+    copies, groups = np.repeat(single, 10), np.repeat(np.arange(20), 10)
+    low, high = accuracy.bootstrap_pct(copies, groups)
+    assert [low, high] == pytest.approx(accuracy.bootstrap_pct(single, np.arange(20)))
+    naive_low, naive_high = accuracy.bootstrap_pct(copies, np.arange(200))
+    assert high - low > 2 * (naive_high - naive_low)
+    assert low < 100 * single.mean() < high
+
+
+def test_the_readmes_tables_are_those_of_the_results():
+    text = (ROOT / "README.md").read_text()
+    assert readme.render(text) == text
