@@ -33,7 +33,11 @@ def record_inputs(world, config, folder):
         for step in range(NUM_STEPS):
             batch = next(loader)
             masks = net.draw_masks(
-                config.train.seed, step, batch_size=config.train.batch_size, rank=world.rank, world_size=world.world_size
+                config.train.seed,
+                step,
+                batch_size=config.train.batch_size,
+                rank=world.rank,
+                world_size=world.world_size,
             )
             for name, value in zip(seen, (batch.videos, batch.tau, batch.inputs, *masks), strict=True):
                 seen[name].append(np.asarray(value))
@@ -79,9 +83,12 @@ def fail(world, message):
 
 
 @pytest.mark.dist
-def test_the_failure_of_one_process_ends_all_and_is_named():
-    with pytest.raises(Exception, match="rank 1 fell"):
-        launch(Machines(num_procs=2), fail, "rank 1 fell")
+def test_the_failure_of_one_process_ends_all_and_is_named(capfd):
+    with pytest.raises(Exception, match="FAILED"):
+        launch(Machines(num_procs=2), fail, "this is why")
+    errors = capfd.readouterr().err
+    assert "process 1 of 2 failed" in errors
+    assert "ValueError: this is why" in errors
 
 
 @pytest.mark.parametrize(

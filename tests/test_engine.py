@@ -51,12 +51,10 @@ def uninterrupted(packed, tmp_path_factory):
 @pytest.mark.parametrize(
     ("stream", "stops"), [("spatial", [1, 5]), ("temporal", [4]), ("temporal", [7, 3]), ("temporal", [9])]
 )
-def test_stopped_and_resumed_equals_uninterrupted_bitwise(
-    packed, tmp_path, monkeypatch, uninterrupted, stream, stops
-):
+def test_stopped_and_resumed_equals_uninterrupted_bitwise(packed, tmp_path, monkeypatch, uninterrupted, stream, stops):
     config = tiny_config(packed)
     for stop in stops:
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # noqa: PT012
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             stop_after(patch, stop)
             train(config, stream, tmp_path)
     torch.rand(3)  # the global generator plays no part
@@ -106,7 +104,9 @@ def test_the_update_is_sgd_with_momentum_and_weight_decay(packed):
     with loader:
         for step, lr in enumerate((0.1, 0.01)):
             batch, masks = next(loader), net.draw_masks(0, step, batch_size=8)
-            gradients = torch.autograd.grad(F.cross_entropy(net(batch.inputs, masks), batch.labels), list(net.parameters()))
+            gradients = torch.autograd.grad(
+                F.cross_entropy(net(batch.inputs, masks), batch.labels), list(net.parameters())
+            )
             velocities = [0.9 * v + (g + 5e-4 * w) for v, g, w in zip(velocities, gradients, weights, strict=True)]
             weights = [w - lr * v for v, w in zip(velocities, weights, strict=True)]
             engine._update(net, optimizer, lr, batch, masks, config)
@@ -133,7 +133,6 @@ def test_a_checkpoint_of_another_data_set_is_refused(packed, tmp_path, monkeypat
         engine.train_stream(config, "spatial", index, tmp_path, ALONE)
 
 
-@pytest.mark.parametrize("changes", [{"train__precision": "bfloat16"}])
-def test_bfloat16_trains_close_to_float32(packed, tmp_path, uninterrupted, changes):
-    train(tiny_config(packed, **changes), "spatial", tmp_path)
+def test_bfloat16_trains_close_to_float32(packed, tmp_path, uninterrupted):
+    train(tiny_config(packed, train__precision="bfloat16"), "spatial", tmp_path)
     np.testing.assert_allclose(losses(tmp_path), losses(uninterrupted / "spatial"), rtol=0.1)

@@ -19,7 +19,9 @@ ALONE = World(rank=0, world_size=1, device=torch.device("cpu"), num_threads=2)
 def save_net(config, stream, index, run, step=1):
     (run / stream).mkdir(parents=True, exist_ok=True)
     net = build_net(config, stream, len(index.classes), ALONE.device)
-    save_checkpoint(Checkpoint(stream, step, net.state_dict(), {}, {}, index.fingerprint), run / stream / "checkpoint.pt")
+    save_checkpoint(
+        Checkpoint(stream, step, net.state_dict(), {}, {}, index.fingerprint), run / stream / "checkpoint.pt"
+    )
     return net
 
 

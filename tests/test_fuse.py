@@ -115,7 +115,7 @@ def test_cross_validation_divides_no_group_and_prefers_the_smallest_best_C(monke
         assert len(fitted) < 48
         return SimpleNamespace(predict=lambda held: seen.append((C, fitted, held)) or held.argmax(1))
 
-    monkeypatch.setattr(fuse, "_fit_svm", fit)
+    monkeypatch.setattr(fuse, "fit_svm", fit)
     accuracy = fuse.choose_C(features, labels, groups, FuseConfig(C=[10, 0.1], folds=3))
     assert accuracy == {0.1: 1.0, 10.0: 1.0}
     assert len(seen) == 2 * 3

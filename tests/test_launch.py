@@ -9,19 +9,20 @@ from train import evaluate, fuse, launch
 from train.config import read_config
 from train.launch import open_run
 
+SHORT = {"spatial__steps": 2, "temporal__steps": 2, "eval__num_taus": 2}
+
 
 @pytest.fixture(scope="module")
 def finished(packed_demo, tmp_path_factory):
     """Folder of a finished run on the generated data set."""
     run = tmp_path_factory.mktemp("runs") / "run"
-    launch.main(["--gpus", "0", "--run", str(run), *tiny_overrides(packed_demo, spatial__steps=2, temporal__steps=2)])
+    launch.main(["--gpus", "0", "--run", str(run), *tiny_overrides(packed_demo, **SHORT)])
     return run
 
 
 def test_a_run_leaves_its_results_and_names_them(finished, packed_demo, capfd):
-    launch.main(
-        ["--gpus", "0", "--run", str(finished), *tiny_overrides(packed_demo, spatial__steps=2, temporal__steps=2)]
-    )  # again: nothing is left to train or score
+    # Again: nothing is left to train or score.
+    launch.main(["--gpus", "0", "--run", str(finished), *tiny_overrides(packed_demo, **SHORT)])
     printed = capfd.readouterr().out
     for title in fuse.TITLES.values():
         assert title in printed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,9 +12,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.nn.parallel import DistributedDataParallel
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -113,8 +115,8 @@ class Machines:
 def launch(machines: Machines, work: Callable[..., None], *args: Any) -> None:
     """Run `work(world, *args)` in every process: here if there is only one, else in children of the elastic launcher.
 
-    `work` must be importable and `args` picklable. Raises what `work` raises, or the launcher's ChildFailedError, which
-    names the first rank that failed and its error.
+    `work` must be importable and `args` picklable. Raises what `work` raises, or the launcher's ChildFailedError; the
+    process that failed has then logged why.
     """
     num_threads = max(1, len(os.sched_getaffinity(0)) // machines.num_procs)
     device_type = "cuda" if machines.num_gpus else "cpu"
@@ -133,12 +135,7 @@ def launch(machines: Machines, work: Callable[..., None], *args: Any) -> None:
         local_addr="localhost" if machines.num_nodes == 1 else None,
         max_restarts=0,
     )
-    elastic_launch(options, _in_child)(device_type, num_threads, work, args)
-
-
-@record  # so that the launcher learns a child's error
-def _in_child(device_type: str, num_threads: int, work: Callable[..., None], args: tuple[Any, ...]) -> None:
-    _in_this_process(device_type, num_threads, work, args)
+    elastic_launch(options, _in_this_process)(device_type, num_threads, work, args)
 
 
 def _in_this_process(device_type: str, num_threads: int, work: Callable[..., None], args: tuple[Any, ...]) -> None:
@@ -158,5 +155,8 @@ def _in_this_process(device_type: str, num_threads: int, work: Callable[..., Non
     dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
     try:
         work(world, *args)
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        # The others will fail too, for want of this process, and the launcher may report one of them instead.
+        logger.exception("process %d of %d failed", rank, world_size)
+        raise
+    dist.destroy_process_group()

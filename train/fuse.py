@@ -73,9 +73,9 @@ def svm_features(streams: Sequence[Floats]) -> Floats:
 def source_group(video_id: str) -> str:
     """Name shared by the videos cut from one source, which cross-validation must not divide.
 
-        UCF-101   Archery/v_Archery_g01_c04                         -> Archery/v_Archery_g01
-        HMDB-51   wave/Fellowship_5_wave_u_cm_np1_fr_med_0          -> Fellowship_5
-        others    the video id: every video is a group of its own
+    UCF-101   Archery/v_Archery_g01_c04                         -> Archery/v_Archery_g01
+    HMDB-51   wave/Fellowship_5_wave_u_cm_np1_fr_med_0          -> Fellowship_5
+    others    the video id: every video is a group of its own
     """
     if match := re.fullmatch(r"(.+_g\d+)_c\d+", video_id):
         return match[1]
@@ -98,13 +98,14 @@ def choose_C(features: Floats, labels: Ints, groups: Sequence[str], config: Fuse
     for C in sorted(config.C):
         num_correct = 0
         for fit, held_out in folds:
-            predicted = _fit_svm(features[fit], labels[fit], C).predict(features[held_out])
+            predicted = fit_svm(features[fit], labels[fit], C).predict(features[held_out])
             num_correct += int((predicted == labels[held_out]).sum())
         accuracy[C] = num_correct / len(labels)
     return accuracy
 
 
-def _fit_svm(features: Floats, labels: Ints, C: float) -> LinearSVC:
+def fit_svm(features: Floats, labels: Ints, C: float) -> LinearSVC:
+    """Multi-class linear SVM of Crammer and Singer on features (V, D) with labels (V,)."""
     svm = LinearSVC(multi_class="crammer_singer", C=C, random_state=0, max_iter=10_000)
     with warnings.catch_warnings():
         # Nets that tell nothing apart, and a high C, may need more iterations: cross-validation judges what came out.
@@ -125,7 +126,7 @@ def svm_predict(
     features = svm_features(train)
     accuracy = choose_C(features, labels, groups, config)
     chosen = max(accuracy, key=lambda C: (accuracy[C], -C))
-    return _fit_svm(features, labels, chosen).predict(svm_features(test)), chosen, accuracy
+    return fit_svm(features, labels, chosen).predict(svm_features(test)), chosen, accuracy
 
 
 def fuse_runs(runs: Sequence[Path], config: FuseConfig) -> Results:
@@ -142,7 +143,8 @@ def fuse_runs(runs: Sequence[Path], config: FuseConfig) -> Results:
         paths = dict(zip(STREAMS, runs, strict=True))
     test = [read_scores(scores_path(run, stream, "test")) for stream, run in paths.items()]
     predicted = {scores.stream: scores.scores.argmax(1) for scores in test}
-    chosen, accuracy = None, {}
+    chosen: float | None = None
+    accuracy: dict[float, float] = {}
     if len(test) == 2:
         train = [read_scores(scores_path(run, stream, "train")) for stream, run in paths.items()]
         check_aligned(*test)
@@ -214,7 +216,10 @@ def summary(results: Results) -> dict[str, object]:
 
 
 def report(results: Results) -> str:
-    """The table in the manner of the paper's Table 3, and the last averaged method's confusions and recalls."""
+    """The table in the manner of the paper's Table 3, and confusions and recalls of fusion by averaging.
+
+    Averaging has nothing fitted to it; with one stream alone they are that stream's.
+    """
     lines = [f"{results.split_list}, {len(results.labels)} videos, {len(results.classes)} classes", ""]
     lines.append(f"{'':34}  correct  accuracy  95 % interval")
     for method, predicted in results.predicted.items():

@@ -17,12 +17,12 @@ from flow.shard import write_bytes
 class Scores:
     """Scores of one stream for the videos of one list.
 
-        video_ids   (V,) str             labels     (V,) int64, position in classes
-        scores      (V, K) float64       mean softmax over the views, rows sum to 1
-        num_views   (V,) int64           views that each row is the mean of
-        classes     (K,) str             stream     "spatial" or "temporal"
-        split_list  "split1_test"        dataset    fingerprint of the packed data set
-        checkpoint  SHA-256 of the checkpoint that scored
+    video_ids   (V,) str             labels     (V,) int64, position in classes
+    scores      (V, K) float64       mean softmax over the views, rows sum to 1
+    num_views   (V,) int64           views that each row is the mean of
+    classes     (K,) str             stream     "spatial" or "temporal"
+    split_list  "split1_test"        dataset    fingerprint of the packed data set
+    checkpoint  SHA-256 of the checkpoint that scored
     """
 
     video_ids: npt.NDArray[np.str_]
