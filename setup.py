@@ -19,7 +19,7 @@ setup(
         # The package with DualTVL1. Its wheel links libGL, libxcb and glib; `-headless` does not, and may stand in its
         # place, but never beside it: both own the module cv2.
         "opencv-contrib-python>=4.8,<6",
-        "scikit-learn>=1.4,<2",
+        "scikit-learn>=1.6,<2",
         "pyyaml>=6,<7",
         "tensorboard>=2.15,<3",
         "tqdm>=4.66,<5",

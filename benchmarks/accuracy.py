@@ -27,7 +27,7 @@ from flow.codec import decode_component
 from flow.fields import subtract_mean
 from flow.shard import read_member
 from loaders.index import Index, open_index
-from train.config import FuseConfig
+from train.config import FuseConfig, read_config, to_flat
 from train.fuse import TITLES, choose_C, fit_svm, source_group
 
 NUM_BINS, GRID, STILL_PX = 8, 3, 0.15
@@ -69,8 +69,8 @@ def floor_predictions(index: Index, splits: list[str]) -> dict[str, np.ndarray]:
     for split in splits:
         train, test = index.split(f"{split}_train"), index.split(f"{split}_test")
         groups = [source_group(video_id) for video_id in index.video_ids(train)]
-        accuracy = choose_C(features[train], index.labels[train], groups, FuseConfig(C=[0.1, 1.0, 10.0, 100.0, 1000.0]))
-        best = max(accuracy, key=lambda C: (accuracy[C], -C))
+        grid = FuseConfig(C=[0.1, 1.0, 10.0, 100.0, 1000.0])
+        best, _ = choose_C(features[train], index.labels[train], groups, grid)
         predicted[split] = fit_svm(features[train], index.labels[train], best).predict(features[test])
     return predicted
 
@@ -121,10 +121,10 @@ def train_missing(options: argparse.Namespace, folder: Path) -> list[Path]:
         for split in options.splits:
             run = folder / f"split{split}_seed{seed}"
             runs.append(run)
-            if not (run / "results.json").exists():
-                arguments = ["--gpus", "0", "--config", options.config, "--run", str(run)]
-                arguments += [f"data.root={options.data}", f"data.split=split{split}", f"train.seed={seed}"]
-                subprocess.run([sys.executable, "-m", "train.launch", *arguments, *options.overrides], check=True)
+            # A finished run costs seconds; one with another config is refused.
+            arguments = ["--gpus", "0", "--config", options.config, "--run", str(run)]
+            arguments += [f"data.root={options.data}", f"data.split=split{split}", f"train.seed={seed}"]
+            subprocess.run([sys.executable, "-m", "train.launch", *arguments, *options.overrides], check=True)
     return runs
 
 
@@ -173,7 +173,9 @@ def main(argv: list[str] | None = None) -> int:
         "training": data_wait_pct(runs),
     }
     out = options.out or RESULTS / f"accuracy_{options.config}.json"
-    config = {"dataset": index.fingerprint, "resolved": (runs[0] / "config.yaml").read_text()}
+    # The data set is named by its bytes, not by where it lies.
+    resolved = {key: v for key, v in to_flat(read_config(runs[0] / "config.yaml")).items() if key != "data.root"}
+    config: dict[str, Any] = {"dataset": index.fingerprint, "resolved": resolved}
     config |= {"splits": options.splits, "seeds": options.seeds, "overrides": options.overrides}
     write_result(out, config, **result)
     for title, row in [(m["title"], m) for m in result["methods"].values()] + list(result["differences"].items()):

@@ -55,6 +55,19 @@ def write_result(path: Path, config: dict[str, Any], **content: Any) -> None:
     os.replace(temporary, path)
 
 
+def describe_data(index: Any, generated: bool) -> dict[str, Any]:
+    """What was measured on, named by its bytes and not by where it lies."""
+    flow_bytes = sum(int(index.entries[kind]["size"].sum()) for kind in ("dx", "dy"))
+    return {
+        "name": "generated demo set" if generated else index.metadata.get("name"),
+        "fingerprint": index.fingerprint,
+        "videos": index.num_videos,
+        "size_px": [int(index.heights[0]), int(index.widths[0])],
+        "bytes_per_component": flow_bytes / max(1, int((index.entries["dx"]["size"] > 0).sum()) * 2),
+        "codec": index.codec.metadata(),
+    }
+
+
 def demo_set(folder: Path, size_px: int = 256) -> Path:
     """Generate and pack a small demo set at the paper's frame size, once; its folder."""
     from flow import demo, pack

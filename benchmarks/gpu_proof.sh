@@ -3,7 +3,8 @@
 #
 #   benchmarks/gpu_proof.sh [--device cuda|cpu] [--data PACKED] [--out DIR] [--quick]
 #
-# Needs one GPU, Python, torch and DALI (on PYTHONPATH is enough); no network. A step that fails does not stop the
+# Needs one GPU, Python, torch, DALI (on PYTHONPATH is enough), OpenCV, scikit-learn, PyYAML, TensorBoard, tqdm and pytest;
+# no network. A step that fails does not stop the
 # others; the exit status is that of the worst. Results are JSON in DIR (default benchmarks/results), on disk as soon as
 # they are known. `--device cpu --quick` runs the same steps on a machine without a GPU, to test their logic.
 set -uo pipefail
@@ -21,21 +22,26 @@ while [ $# -gt 0 ]; do
         *) echo "gpu_proof.sh: unknown argument $1; known: --device --data --out --quick" >&2; exit 2 ;;
     esac
 done
+"$PYTHON" -c 'import cv2, nvidia.dali, pytest, sklearn, torch, torch.utils.tensorboard, tqdm, yaml' || {
+    echo "gpu_proof.sh: a package is missing (see above); carry it on PYTHONPATH" >&2
+    exit 2
+}
 mkdir -p "$out"
 worst=0
+GPU_TESTS=(tests/test_loaders.py tests/test_probe.py tests/test_meter.py tests/test_launch.py)
 
 step() { # name, command...
     local name=$1 status=0
     shift
     echo "== $name"
-    "$@" || status=$?
+    timeout 300 "$@" || status=$?
     printf '{"step": "%s", "exit_status": %d, "seconds": %d}\n' "$name" "$status" "$SECONDS" >> "$out/gpu_proof.jsonl"
     if [ "$status" -gt "$worst" ]; then worst=$status; fi
 }
 
 : > "$out/gpu_proof.jsonl"
 if [ "$device" = cuda ]; then
-    step gpu_tests env REQUIRE_GPU=1 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider
+    step gpu_tests env REQUIRE_GPU=1 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider "${GPU_TESTS[@]}"
 else
     step gpu_tests "$PYTHON" -m pytest -q -k "equal_the_reference and spatial and cpu" -p no:cacheprovider tests/test_loaders.py
 fi

@@ -299,8 +299,6 @@ def main(argv: list[str] | None = None) -> int:
         print("Stopped. The same command goes on with the shards that are left.", file=sys.stderr)
         return 130
     print(_describe(report, options.out))
-    if report.was_complete:
-        return 0
     return int(bool(report.bad) and not options.skip_bad or bool(report.missing) and options.strict)
 
 

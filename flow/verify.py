@@ -95,8 +95,9 @@ def rebuild_index(root: Path, num_workers: int | None = None) -> ShardReport:
 def _read_dataset(root: Path) -> dict[str, Any] | None:
     path = root / "dataset.json"
     try:
-        dataset: dict[str, Any] = json.loads(path.read_text("utf-8"))
-        dataset["shards"] = [{key: shard[key] for key in ("name", "bytes", "sha256")} for shard in dataset["shards"]]
+        stored = json.loads(path.read_text("utf-8"))
+        dataset = {key: stored[key] for key in ("classes", "num_videos")}
+        dataset["shards"] = [{key: shard[key] for key in ("name", "bytes", "sha256")} for shard in stored["shards"]]
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:

@@ -67,16 +67,12 @@ class DaliLoader:
         """The next batch. Raises ShardError if a member is damaged; the loader is of no further use then."""
         while not self._batches:
             try:
-                outputs = self._pipeline.run(self._stream())
+                outputs = self._pipeline.run()
             except RuntimeError as error:
                 raise self._explained(error) from error
             draw = self._in_graph.popleft()
             self._batches.extend(self._batch(draw, output) for output in outputs)
         return self._batches.popleft()
-
-    def _stream(self) -> "torch.cuda.Stream | None":
-        """The consumer's stream: outputs are ordered on it, both when they become ready and when they are reused."""
-        return torch.cuda.current_stream() if self._device.type == "cuda" else None
 
     def _feed(self) -> tuple[Any, ...]:
         """Inputs of the next batch, for the graph's external source. Raises StopIteration at the end of the draws."""

@@ -87,9 +87,9 @@ def train_pipeline(spec: StreamSpec, graph: Graph, batch_size: int, feed: Callab
         )
         window = {"start": start, "shape": [spec.crop_px, spec.crop_px], "axes": [0, 1]}
         if graph.region:
-            image = fn.decoders.image_slice(jpeg, device=graph.decoder, output_type=_color(spec), **window)
+            image = fn.decoders.image_slice(jpeg, **_decoding(spec, graph), **window)
         else:
-            image = fn.slice(fn.decoders.image(jpeg, device=graph.decoder, output_type=_color(spec)), **window)
+            image = fn.slice(fn.decoders.image(jpeg, **_decoding(spec, graph)), **window)
         return _normalize(_on_device(image, graph), spec, mean=shift, std=width, mirror=mirror)
 
     return _built(build())
@@ -106,7 +106,7 @@ def test_pipeline(spec: StreamSpec, graph: Graph, batch_size: int, feed: Callabl
         jpeg, shift, width, mirrored_width = fn.external_source(
             source=feed, num_outputs=4, dtype=[types.UINT8, types.FLOAT, types.FLOAT, types.FLOAT], ndim=1
         )
-        image = _on_device(fn.decoders.image(jpeg, device=graph.decoder, output_type=_color(spec)), graph)
+        image = _on_device(fn.decoders.image(jpeg, **_decoding(spec, graph)), graph)
         return tuple(
             _normalize(
                 image,
@@ -147,8 +147,10 @@ def _built(pipeline: Pipeline) -> Pipeline:
     return pipeline
 
 
-def _color(spec: StreamSpec) -> Any:
-    return types.RGB if spec.stream == "spatial" else types.GRAY
+def _decoding(spec: StreamSpec, graph: Graph) -> dict[str, Any]:
+    """Arguments of every decoder. By default the GPU's upsamples chroma otherwise than libjpeg, far off at edges."""
+    color = types.RGB if spec.stream == "spatial" else types.GRAY
+    return {"device": graph.decoder, "output_type": color, "jpeg_fancy_upsampling": True}
 
 
 def _on_device(image: Any, graph: Graph) -> Any:

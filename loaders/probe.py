@@ -1,6 +1,6 @@
 """Which decoder works on this machine. GPU decoders may end the process, so they are tried in one of their own.
 
-`python -m loaders.probe DECODER REGION` decodes a large batch and exits with 0 if it agrees with the CPU's decoder.
+`python -m loaders.probe DECODER REGION GPU` decodes large batches and exits with 0 if they agree with the CPU's.
 """
 
 import logging
@@ -9,8 +9,9 @@ import sys
 from functools import lru_cache
 
 import numpy as np
+import numpy.typing as npt
 
-from flow.codec import Codec, encode_component
+from flow.codec import Codec, encode_component, encode_rgb
 from loaders.batch import StreamSpec
 from loaders.pipeline import Graph, train_pipeline
 
@@ -18,8 +19,9 @@ logger = logging.getLogger(__name__)
 
 #: Largest difference in codes between two JPEG decoders of which both are right.
 TOLERANCE = 2
-#: The known crashes need a large flat batch; toy batches pass.
-_NUM_IMAGES = 640
+#: Stream -> images of a batch. The known crashes need a large flat batch, of 256 and more; toy batches pass.
+_NUM_IMAGES = {"temporal": 640, "spatial": 320}
+_TIMEOUT_S = 120
 
 
 def default_graph(device: str, num_threads: int) -> Graph:
@@ -35,41 +37,51 @@ def default_graph(device: str, num_threads: int) -> Graph:
 
 @lru_cache
 def works(decoder: str, region: bool) -> bool:
-    """Whether a decoder of the GPU graph survives a large batch and agrees with the CPU."""
-    command = [sys.executable, "-m", "loaders.probe", decoder, str(int(region))]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    if result.returncode:
-        logger.warning(
-            "GPU decoder %s with region=%s is unusable here (exit code %d): %s",
-            decoder, region, result.returncode, result.stderr.strip()[-500:],
-        )  # fmt: skip
-    return result.returncode == 0
+    """Whether a decoder of the GPU graph survives large batches on this process's GPU and agrees with the CPU."""
+    import torch
+
+    command = [sys.executable, "-m", "loaders.probe", decoder, str(int(region)), str(torch.cuda.current_device())]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S)
+        failure = f"exit code {result.returncode}: {result.stderr.strip()[-500:]}" if result.returncode else ""
+    except subprocess.TimeoutExpired:
+        failure = f"no answer within {_TIMEOUT_S} s"
+    if failure:
+        logger.warning("GPU decoder %s with region=%s is unusable here: %s", decoder, region, failure)
+    return not failure
 
 
-def codes(graph: Graph, num_images: int = _NUM_IMAGES) -> np.ndarray:
-    """Codes of generated grey JPEGs, cropped, as the graph decodes them: (num_images, 1, 224, 224) float32."""
+def codes(graph: Graph, stream: str) -> npt.NDArray[np.float32]:
+    """Codes of generated JPEGs, cropped, as the graph decodes them: (images, 1 or 3, 224, 224) float32."""
+    spec = StreamSpec(stream=stream, L=1)
+    count, channels = _NUM_IMAGES[stream], 3 if stream == "spatial" else 1
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:256, :340].astype(np.float32)
-    components = [np.sin(x / rng.uniform(5, 40)) + np.cos(y / rng.uniform(5, 40)) for _ in range(16)]
-    jpegs = [np.frombuffer(encode_component(c.astype(np.float32), Codec()).jpeg, np.uint8) for c in components]
-    starts = rng.integers(0, (33, 117), (num_images, 2)).astype(np.int32)
-
-    def feed() -> tuple[object, ...]:
-        zeros, ones = np.zeros((num_images, 1), np.float32), np.ones((num_images, 1), np.float32)
-        return [jpegs[i % 16] for i in range(num_images)], starts, zeros, ones, np.zeros(num_images, np.int32)
-
-    spec = StreamSpec(stream="temporal", L=1)
-    (output,) = train_pipeline(spec, graph, num_images // spec.num_images, feed).run()
+    waves = [np.sin(x / rng.uniform(5, 40)) + np.cos(y / rng.uniform(5, 40)) for _ in range(16 * channels)]
+    if stream == "spatial":
+        frames = [np.stack(waves[3 * i : 3 * i + 3], axis=-1) * 60 + 128 for i in range(16)]
+        jpegs = [encode_rgb(frame.astype(np.uint8), 90) for frame in frames]
+    else:
+        jpegs = [encode_component(wave.astype(np.float32), Codec()).jpeg for wave in waves]
+    images = [np.frombuffer(jpegs[i % 16], np.uint8) for i in range(count)]
+    starts = rng.integers(0, (33, 117), (count, 2)).astype(np.int32)
+    identity = np.zeros((count, channels), np.float32), np.ones((count, channels), np.float32)
+    inputs = images, starts, *identity, np.zeros(count, np.int32)
+    (output,) = train_pipeline(spec, graph, count // spec.num_images, lambda: inputs).run()
     return np.asarray((output.as_cpu() if graph.device == "cuda" else output).as_tensor())
 
 
 def main() -> int:
+    import torch
+
     decoder, region = sys.argv[1], bool(int(sys.argv[2]))
-    found = codes(Graph(device="cuda", decoder=decoder, region=region))
-    difference = float(np.abs(found - codes(Graph())).max())
-    if difference > TOLERANCE:
-        sys.stderr.write(f"differs from the CPU's decoder by up to {difference} codes")
-        return 1
+    torch.cuda.set_device(int(sys.argv[3]))
+    for stream in _NUM_IMAGES:
+        found = codes(Graph(device="cuda", decoder=decoder, region=region), stream)
+        difference = float(np.abs(found - codes(Graph(), stream)).max())
+        if difference > TOLERANCE:
+            sys.stderr.write(f"{stream}: differs from the CPU's decoder by up to {difference} codes")
+            return 1
     return 0
 
 

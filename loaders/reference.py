@@ -19,10 +19,19 @@ Array = npt.NDArray[np.float32]
 
 
 class ReferenceLoader:
-    """Iterates over Batch objects on the CPU; see `dali_loader.DaliLoader`, which it equals but for speed."""
+    """Iterates over Batch objects; see `dali_loader.DaliLoader`, which it equals but for speed."""
 
-    def __init__(self, source: Source, draws: Iterator[Draw], *, num_batches: int | None, num_left_out: int = 0):
+    def __init__(
+        self,
+        source: Source,
+        draws: Iterator[Draw],
+        *,
+        device: str,
+        num_batches: int | None = None,
+        num_left_out: int = 0,
+    ):
         self._source = source
+        self._device = device
         self._num_batches = num_batches
         self.num_left_out = num_left_out
         self._batches = self._train(draws) if num_batches is None else self._test(draws)
@@ -92,8 +101,8 @@ class ReferenceLoader:
 
     def _batch(self, draw: Draw, samples: list[Array]) -> Batch:
         return Batch(
-            inputs=torch.from_numpy(np.stack(samples)),
-            labels=torch.from_numpy(self._source.index.labels[draw.video]),
+            inputs=torch.from_numpy(np.stack(samples)).to(self._device),
+            labels=torch.from_numpy(self._source.index.labels[draw.video]).to(self._device),
             videos=draw.video,
             tau=draw.tau,
             valid=draw.valid,
@@ -121,14 +130,15 @@ def train_loader(
     rank: int = 0,
     world_size: int = 1,
     start_step: int = 0,
+    device: str = "cpu",
     **_: Any,
 ) -> ReferenceLoader:
-    """As `dali_loader.train_loader`, on the CPU; its device, num_threads and graph are ignored."""
+    """As `dali_loader.train_loader`, computed on the CPU; its num_threads and graph are ignored."""
     videos = population(index, rows, spec)
     draws = rank_draws(
         videos, spec, seed=seed, batch_size=batch_size, rank=rank, world_size=world_size, start_step=start_step
     )
-    return ReferenceLoader(Source(index, spec), draws, num_batches=None, num_left_out=videos.num_left_out)
+    return ReferenceLoader(Source(index, spec), draws, device=device, num_left_out=videos.num_left_out)
 
 
 def test_loader(
@@ -140,14 +150,15 @@ def test_loader(
     batch_size: int,
     rank: int = 0,
     world_size: int = 1,
+    device: str = "cpu",
     **_: Any,
 ) -> ReferenceLoader:
-    """As `dali_loader.test_loader`, on the CPU; its device, num_threads and graph are ignored."""
+    """As `dali_loader.test_loader`, computed on the CPU; its num_threads and graph are ignored."""
     pairs = num_view_batches(len(rows) * num_taus, batch_size, world_size)
     draws = enumerate_views(
         index, rows, spec, num_taus=num_taus, batch_size=batch_size, rank=rank, world_size=world_size
     )
-    return ReferenceLoader(Source(index, spec), draws, num_batches=pairs * len(VIEWS))
+    return ReferenceLoader(Source(index, spec), draws, device=device, num_batches=pairs * len(VIEWS))
 
 
 test_loader.__test__ = False  # type: ignore[attr-defined]

@@ -75,7 +75,7 @@ class CNNM(nn.Module):
         super().__init__()
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout={dropout} is not a ratio in [0, 1).")
-        output_px = _output_px(input_px)
+        side_px = output_px(input_px)
         c1, c2, c3, full6, full7 = (max(1, round(units * width)) for units in (96, 256, 512, 4096, 2048))
         self.dropout = dropout
         self.num_dropped_units = (full6, full7)
@@ -98,7 +98,7 @@ class CNNM(nn.Module):
                 pool5=_pool(),
             )
         )
-        self.full6 = _linear(c3 * output_px**2, full6)
+        self.full6 = _linear(c3 * side_px**2, full6)
         self.full7 = _linear(full6, full7)
         self.scores = _linear(full7, num_classes)
         generator = torch.Generator().manual_seed(seed)
@@ -151,15 +151,15 @@ def _pool() -> nn.MaxPool2d:
     return nn.MaxPool2d(3, stride=2, ceil_mode=True)
 
 
-def _output_px(input_px: int) -> int:
-    """Side of conv5's pooled output for a square input of `input_px`: 6 for 224."""
+def output_px(input_px: int) -> int:
+    """Side of conv5's pooled output for a square input of `input_px`: 6 for 224. ValueError if no pixel is left."""
 
     def pool(px: int) -> int:
         return (px - 3 + 1) // 2 + 1
 
     conv1 = (input_px - 7) // 2 + 1
     conv2 = (pool(conv1) + 2 - 5) // 2 + 1
-    output_px = pool(pool(conv2))
-    if input_px < 7 or output_px < 1:
+    side_px = pool(pool(conv2))
+    if input_px < 7 or side_px < 1:
         raise ValueError(f"input_px={input_px} leaves no pixel after conv5's pool; needs at least 41.")
-    return output_px
+    return side_px

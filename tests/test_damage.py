@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from flow.codec import Codec, encode_component
+from flow.codec import Codec, encode_component, encode_rgb
 from flow.index import build_index
 from flow.shard import RGB_ENTRY, ShardError
 from loaders import dali_loader
@@ -18,7 +18,8 @@ from loaders.index import open_index
 from tests.conftest import pack_arrays
 
 SPEC = StreamSpec(stream="temporal", L=10, crop_px=56)
-BATCH = 64  # 1,280 JPEGs
+RGB = StreamSpec(stream="spatial", crop_px=56)
+NUM_JPEGS = 1280
 
 
 @pytest.fixture
@@ -28,8 +29,9 @@ def copy(packed, tmp_path):
 
 def first_member(index, kind="dx"):
     """A member that the first batch of seed 0 holds: (shard's path, offset, size, image within the batch)."""
-    spec = SPEC if kind != "rgb" else StreamSpec(stream="spatial", crop_px=56)
-    draw = draw_batch(0, 0, population(index, index.split("split1_train"), spec), spec, BATCH)
+    spec = RGB if kind == "rgb" else SPEC
+    batch_size = NUM_JPEGS // spec.num_images
+    draw = draw_batch(0, 0, population(index, index.split("split1_train"), spec), spec, batch_size)
     row = index.first_row[draw.video[40]] + draw.tau[40]
     entry = index.entries[kind][row]
     return index.root / index.shards[index.shard[draw.video[40]]], int(entry["offset"]), int(entry["size"])
@@ -43,7 +45,8 @@ def overwrite(path, offset, content):
 
 def load_first(root, spec=SPEC):
     index = open_index(root)
-    loader = dali_loader.train_loader(index, index.split("split1_train"), spec, seed=0, batch_size=BATCH)
+    batch_size = NUM_JPEGS // spec.num_images
+    loader = dali_loader.train_loader(index, index.split("split1_train"), spec, seed=0, batch_size=batch_size)
     with loader:
         return next(loader)
 
@@ -59,7 +62,7 @@ SIZE = (90, b"\xff\xc0\x00\x0b\x08\xff\xff\xff\xff")
 def test_damaged_bytes_are_named(copy, kind, at, content):
     path, offset, size = first_member(open_index(copy), kind)
     overwrite(path, offset + (at if at >= 0 else size + at), content)
-    spec = SPEC if kind != "rgb" else StreamSpec(stream="spatial", crop_px=56)
+    spec = RGB if kind == "rgb" else SPEC
     with pytest.raises(ShardError, match=rf"{path.name}: .*\.{kind}\.jpg at offset {offset}: damaged"):
         load_first(copy, spec)
 
@@ -69,9 +72,9 @@ def one_shard(tmp_path, arrays):
     return pack_arrays(tmp_path / "one", arrays, videos_per_shard=100)
 
 
-def replace_member(root, content):
+def replace_member(root, content, kind="dx"):
     """Put other bytes in a member's place and make the index agree, as a broken writer would have left it."""
-    path, offset, size = first_member(open_index(root))
+    path, offset, size = first_member(open_index(root), kind)
     overwrite(path, offset, content)
     index = root / "index.bin"
     raw = index.read_bytes()
@@ -83,23 +86,28 @@ def replace_member(root, content):
     return path, offset
 
 
-def test_a_jpeg_of_another_size_never_reaches_the_decoder(one_shard):
+@pytest.mark.parametrize("kind, spec, channels", [("dx", SPEC, 1), ("rgb", RGB, 3)])
+def test_a_jpeg_of_another_size_never_reaches_the_decoder(one_shard, kind, spec, channels):
     """Its CRC is right, but the region would lie outside the image, which ends the process inside the decoder."""
     small = encode_component(np.zeros((16, 16), np.float32), Codec()).jpeg
-    path, offset = replace_member(one_shard, small)
-    with pytest.raises(ShardError, match=rf"{path.name}: .*at offset {offset}: a JPEG of 16x16 px and 1 channels"):
-        load_first(one_shard)
+    if kind == "rgb":
+        small = encode_rgb(np.zeros((16, 16, 3), np.uint8), 90)
+    path, offset = replace_member(one_shard, small, kind)
+    message = rf"{path.name}: .*at offset {offset}: a JPEG of 16x16 px and {channels} channels"
+    with pytest.raises(ShardError, match=message):
+        load_first(one_shard, spec)
 
 
-def test_an_undecodable_scan_is_named_though_its_crc_is_right(one_shard):
+@pytest.mark.parametrize("kind, spec", [("dx", SPEC), ("rgb", RGB)])
+def test_an_undecodable_scan_is_named_though_its_crc_is_right(one_shard, kind, spec):
     """What the source cannot see, the decoder reports by the image's number in the batch; that becomes the member."""
-    path, offset, size = first_member(open_index(one_shard))
-    replace_member(one_shard, path.read_bytes()[offset : offset + size // 2])
-    with pytest.raises(ShardError, match=rf"{path.name}: .*\.dx\.jpg at offset {offset}: no decodable JPEG"):
-        load_first(one_shard)
+    path, offset, size = first_member(open_index(one_shard), kind)
+    replace_member(one_shard, path.read_bytes()[offset : offset + size // 2], kind)
+    with pytest.raises(ShardError, match=rf"{path.name}: .*\.{kind}\.jpg at offset {offset}: no decodable JPEG"):
+        load_first(one_shard, spec)
 
 
-def test_after_an_error_the_same_step_can_be_replayed(copy, packed):
+def test_after_errors_a_new_loader_gives_the_same_step(copy, packed):
     path, offset, size = first_member(open_index(copy))
     good = path.read_bytes()[offset : offset + size]
     overwrite(path, offset, bytes(32))

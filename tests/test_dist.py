@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_config, tiny_overrides
 
 from loaders.index import open_index
+from tests.tiny import tiny_config, tiny_overrides
 from train import launch as train_launch
 from train.dist import Machines, World, launch
 from train.engine import build_net, loader_module, loader_options, stream_spec

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import tiny_config
 
 from loaders.index import open_index
 from nets.cnn_m import CNNM
+from tests.tiny import tiny_config
 from train import engine
 from train.checkpoint import load_checkpoint
 from train.dist import World

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_config
 
 from loaders.index import open_index
+from tests.tiny import tiny_config
 from train import evaluate
 from train.checkpoint import Checkpoint, save_checkpoint
 from train.dist import World

@@ -116,8 +116,8 @@ def test_cross_validation_divides_no_group_and_prefers_the_smallest_best_C(monke
         return SimpleNamespace(predict=lambda held: seen.append((C, fitted, held)) or held.argmax(1))
 
     monkeypatch.setattr(fuse, "fit_svm", fit)
-    accuracy = fuse.choose_C(features, labels, groups, FuseConfig(C=[10, 0.1], folds=3))
-    assert accuracy == {0.1: 1.0, 10.0: 1.0}
+    chosen, accuracy = fuse.choose_C(features, labels, groups, FuseConfig(C=[10, 0.1], folds=3))
+    assert accuracy == {0.1: 1.0, 10.0: 1.0} and chosen == 0.1
     assert len(seen) == 2 * 3
     for _, fitted, held in seen:
         held_groups = {groups[number[row.tobytes()]] for row in held}

@@ -3,10 +3,14 @@
 import json
 
 import pytest
-from tiny import tiny_config, tiny_overrides
+import torch
 
+from flow import demo, pack
+from tests.tiny import tiny_config, tiny_overrides
 from train import evaluate, fuse, launch
 from train.config import read_config
+from train.dist import World
+from train.engine import loader_options
 from train.launch import open_run
 
 SHORT = {"spatial__steps": 2, "temporal__steps": 2, "eval__num_taus": 2}
@@ -81,6 +85,11 @@ def test_starting_over_deletes_the_old_run_and_nothing_else(packed, tmp_path):
         (["train.sed=1"], "nearest known key is 'train.seed'"),
         (["data.root=/nowhere"], "/nowhere is no packed data set"),
         (["--config", "dmo"], "unknown config 'dmo'"),
+        (["data.split=split9"], "has no list 'split9_train'; it has split1_test, split1_train"),
+        (["data.crop_px=72"], "cannot hold crops of 72 px"),
+        (["data.crop_px=40"], "input_px=40 leaves no pixel"),
+        (["data.L=80"], "None of 6 training videos has the 81 frames"),
+        (["train.seed=-1"], "train.seed=-1 must be at least 0"),
     ],
 )
 def test_errors_are_one_line_before_anything_starts(packed, tmp_path, arguments, message):
@@ -88,6 +97,39 @@ def test_errors_are_one_line_before_anything_starts(packed, tmp_path, arguments,
     with pytest.raises(SystemExit, match=message):
         launch.main([*tiny_overrides(packed), "--run", str(run), *arguments])
     assert not run.exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("loader", ["dali", "reference"])
+def test_a_run_on_a_gpu(packed_demo, tmp_path, loader):
+    options = tiny_overrides(packed_demo, data__loader=loader, **SHORT)
+    launch.main(["--gpus", "1", "--run", str(tmp_path / "run"), *options])
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert set(results["methods"]) == set(fuse.TITLES)
+    for line in (tmp_path / "run" / "temporal" / "log.jsonl").read_text().splitlines():
+        assert 0 <= json.loads(line)["data_wait_pct"] <= 100
+
+
+def test_loaders_are_asked_for_a_kind_of_device(packed):
+    """The process has chosen its GPU; the loaders know "cuda", not "cuda:3"."""
+    world = World(rank=0, world_size=1, device=torch.device("cuda", 3), num_threads=5)
+    options = loader_options(tiny_config(packed), world)
+    assert options == {"rank": 0, "world_size": 1, "device": "cuda", "num_threads": 5}
+
+
+@pytest.mark.slow
+def test_the_demo_needs_both_streams(tmp_path):
+    """The demo's promise: fused at least 90 %, each stream at most 10 points above what its half can tell."""
+    assert demo.main(["--out", str(tmp_path / "data")]) == 0
+    arguments = ["--videos", tmp_path / "data", "--splits", tmp_path / "data" / "splits", "--size", 64]
+    assert pack.main([*map(str, arguments), "--dataset", "ucf101", "--out", str(tmp_path / "packed")]) == 0
+    # fewer views than the demo's 25 x 10, for time
+    overrides = [f"data.root={tmp_path / 'packed'}", "eval.num_taus=3", "eval.num_taus_train=2"]
+    launch.main(["--gpus", "0", "--config", "demo", "--run", str(tmp_path / "run"), *overrides])
+    methods = json.loads((tmp_path / "run" / "results.json").read_text())["methods"]
+    accuracy = {name: method["accuracy_pct"] for name, method in methods.items()}
+    assert accuracy["average"] >= 90 and accuracy["svm"] >= 90
+    assert accuracy["spatial"] <= 100 / 3 + 10 and accuracy["temporal"] <= 100 / 2 + 10
 
 
 @pytest.mark.parametrize("main", [evaluate.main, fuse.main])

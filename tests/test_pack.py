@@ -205,7 +205,8 @@ def test_bad_videos_are_named_and_the_rest_is_packed(videos, tmp_path, capsys):
     assert [entry["name"] for entry in dataset["classes"]] == ["Walk"]
     assert not any("Bad" in path.read_text() for path in (out / "splits").iterdir())
     assert "Bad/cut is truncated" in capsys.readouterr().out
-    assert run(root, out, *options) == 0 and (out / "bad_videos.txt").exists()
+    assert run(root, out, *options) == 1 and (out / "bad_videos.txt").exists()
+    assert run(root, out, *options, "--skip-bad") == 0
     assert run(root, tmp_path / "skipped", "--skip-bad") == 0
 
 

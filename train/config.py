@@ -124,6 +124,7 @@ class TrainConfig:
         )
         for name in ("batch_size", "log_every", "checkpoint_every"):
             _require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)} must be at least 1.")
+        _require(self.seed >= 0, f"train.seed={self.seed} must be at least 0.")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -37,7 +37,8 @@ class World:
         if self.world_size == 1:
             return net
         device_ids = None if self.device.type == "cpu" else [self.device.index]
-        return DistributedDataParallel(net, device_ids=device_ids)
+        # The buffers are constants; sending them round before each pass would be for nothing.
+        return DistributedDataParallel(net, device_ids=device_ids, broadcast_buffers=False)
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum of a tensor over the processes, in place; the same in each."""
@@ -75,7 +76,12 @@ class Machines:
         """Add --gpus, --procs, --nodes and the rendezvous options."""
         parser.add_argument("--gpus", type=int, default=0, help="GPUs of this machine to use; 0 (default): the CPU")
         parser.add_argument("--procs", type=int, help="processes on this machine; default 1 per GPU, 1 on the CPU")
-        parser.add_argument("--nodes", type=int, default=1, help="machines; run the same command on each")
+        parser.add_argument(
+            "--nodes",
+            type=int,
+            default=1,
+            help="machines; run the same command on each, with one --run folder that all see",
+        )
         parser.add_argument("--rdzv-endpoint", default="", help="host:port of one of the machines")
         parser.add_argument("--rdzv-id", default="twostream", help="name of the job, the same on every machine")
         parser.add_argument("--rdzv-backend", default="c10d", help="rendezvous of torch's elastic launcher")

@@ -15,13 +15,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from loaders.batch import Batch, StreamSpec
+from loaders.draw import check_crop, population
 from loaders.index import Index
-from nets.cnn_m import CNNM
+from loaders.source import Source
+from nets.cnn_m import CNNM, output_px
 from train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from train.config import Config, to_flat
 from train.dist import World
 from train.log import TrainLog
-from train.meter import Meter
+from train.meter import GpuTimeline, Meter
 from train.schedule import learning_rate
 
 logger = logging.getLogger(__name__)
@@ -57,7 +59,7 @@ def loader_options(config: Config, world: World) -> dict[str, Any]:
     return {
         "rank": world.rank,
         "world_size": world.world_size,
-        "device": str(world.device),
+        "device": world.device.type,  # the process has chosen its GPU already
         "num_threads": config.data.num_threads or world.num_threads,
     }
 
@@ -85,6 +87,15 @@ def compute_logits(net: nn.Module, inputs: Tensor, masks: tuple[Tensor, ...] | N
         return net(inputs.contiguous(memory_format=MEMORY_FORMAT), masks).float()
 
 
+def check_stream(config: Config, stream: str, index: Index) -> None:
+    """Raise ValueError if the packed set cannot give the stream what the config asks for."""
+    spec = stream_spec(config, stream)
+    output_px(spec.crop_px)
+    Source(index, spec).close()  # are its members there?
+    population(index, index.split(f"{config.data.split}_train"), spec)
+    check_crop(index, index.split(f"{config.data.split}_test"), spec)
+
+
 def train_stream(config: Config, stream: str, index: Index, folder: Path, world: World) -> None:
     """Train one stream up to its last step, from the folder's checkpoint if there is one.
 
@@ -96,6 +107,7 @@ def train_stream(config: Config, stream: str, index: Index, folder: Path, world:
     net = build_net(config, stream, len(index.classes), world.device)
     optimizer = torch.optim.SGD(net.parameters(), momentum=train.momentum, weight_decay=train.weight_decay)
     start_step = _restore(net, optimizer, folder / CHECKPOINT, index)
+    _check_same_step(start_step, folder, world)
     logger.info("%s: training steps %d to %d", stream, start_step, schedule.steps)
     if start_step == schedule.steps:
         return
@@ -103,7 +115,7 @@ def train_stream(config: Config, stream: str, index: Index, folder: Path, world:
         net.compile()
     model = world.wrap(net.train())
     with _train_loader(config, stream, index, start_step, world) as loader, _open_log(folder, start_step, world) as log:
-        meter = Meter()
+        meter = Meter(GpuTimeline() if world.device.type == "cuda" else None)
         for step in tqdm(
             range(start_step, schedule.steps),
             desc=stream,
@@ -181,6 +193,18 @@ def _restore(net: nn.Module, optimizer: torch.optim.SGD, path: Path, index: Inde
     net.load_state_dict(checkpoint.net)
     optimizer.load_state_dict(checkpoint.optimizer)
     return checkpoint.step
+
+
+def _check_same_step(start_step: int, folder: Path, world: World) -> None:
+    """Raise ValueError if the processes found different checkpoints: they would train apart, and then hang."""
+    steps = torch.zeros(world.world_size, dtype=torch.int64, device=world.device)
+    steps[world.rank] = start_step
+    found = set(world.sum(steps).tolist())
+    if len(found) > 1:
+        raise ValueError(
+            f"The processes find checkpoints of steps {sorted(found)} in {folder}, each on its own disk. Several "
+            "machines need one run folder that all of them see."
+        )
 
 
 def _save(

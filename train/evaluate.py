@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from loaders.draw import VIEWS
 from loaders.index import Index, open_index
 from train.checkpoint import load_checkpoint
 from train.config import Config, read_config
@@ -28,7 +29,7 @@ from train.scores import Scores, read_scores, write_scores
 
 logger = logging.getLogger(__name__)
 
-VIEWS_PER_TAU = 10
+VIEWS_PER_TAU = len(VIEWS)
 PARTS = ("test", "train")
 
 

@@ -85,8 +85,10 @@ def source_group(video_id: str) -> str:
     return video_id
 
 
-def choose_C(features: Floats, labels: Ints, groups: Sequence[str], config: FuseConfig) -> dict[float, float]:
-    """Accuracy of each C in cross-validation whose folds divide no group; the smallest of the best is the choice.
+def choose_C(
+    features: Floats, labels: Ints, groups: Sequence[str], config: FuseConfig
+) -> tuple[float, dict[float, float]]:
+    """The best C, of equals the smallest, and the accuracy of every C in cross-validation whose folds divide no group.
 
     Raises ValueError if there are fewer than two groups.
     """
@@ -101,7 +103,7 @@ def choose_C(features: Floats, labels: Ints, groups: Sequence[str], config: Fuse
             predicted = fit_svm(features[fit], labels[fit], C).predict(features[held_out])
             num_correct += int((predicted == labels[held_out]).sum())
         accuracy[C] = num_correct / len(labels)
-    return accuracy
+    return max(accuracy, key=lambda C: (accuracy[C], -C)), accuracy
 
 
 def fit_svm(features: Floats, labels: Ints, C: float) -> LinearSVC:
@@ -124,8 +126,7 @@ def svm_predict(
     Returns the predicted classes (V_test,), the chosen C, and the accuracy of every C in cross-validation.
     """
     features = svm_features(train)
-    accuracy = choose_C(features, labels, groups, config)
-    chosen = max(accuracy, key=lambda C: (accuracy[C], -C))
+    chosen, accuracy = choose_C(features, labels, groups, config)
     return fit_svm(features, labels, chosen).predict(svm_features(test)), chosen, accuracy
 
 

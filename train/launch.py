@@ -13,7 +13,7 @@ from pathlib import Path
 from loaders.index import open_index
 from train.config import STREAMS, Config, differing_keys, read_config, resolve_config, short_hash, write_config
 from train.dist import Machines, World, launch
-from train.engine import CHECKPOINT, train_stream
+from train.engine import CHECKPOINT, check_stream, train_stream
 from train.evaluate import evaluate_stream, scores_path
 from train.fuse import fuse_runs, report, write_results
 
@@ -56,7 +56,9 @@ def main(arguments: list[str] | None = None) -> None:
         config = resolve_config(options.config, options.overrides)
         machines = Machines.from_arguments(options)
         machines.check(config.train.batch_size)
-        open_index(config.data.root)
+        index = open_index(config.data.root)
+        for stream in config.train.streams:
+            check_stream(config, stream, index)
         run = options.run or Path("runs") / f"{Path(options.config).stem}-{short_hash(config)}"
         open_run(run, config, options.resume)
     except (ValueError, OSError) as error:
