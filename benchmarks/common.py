@@ -44,7 +44,7 @@ def _commit() -> str:
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
-    return (git("rev-parse", "HEAD") or "unknown") + (" with changes" if git("status", "--porcelain") else "")
+    return (git("rev-parse", "HEAD") or "unknown") + (" with changes" if git("status", "--porcelain", "--", ".", ":!benchmarks/results") else "")
 
 
 def write_result(path: Path, config: dict[str, Any], **content: Any) -> None:
