@@ -44,7 +44,8 @@ def _commit() -> str:
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
-    return (git("rev-parse", "HEAD") or "unknown") + (" with changes" if git("status", "--porcelain", "--", ".", ":!benchmarks/results") else "")
+    changed = git("status", "--porcelain", "--", ".", ":!benchmarks/results")
+    return (git("rev-parse", "HEAD") or "unknown") + (" with changes" if changed else "")
 
 
 def write_result(path: Path, config: dict[str, Any], **content: Any) -> None:
