@@ -16,7 +16,7 @@ from flow.shard import ShardError
 from loaders.batch import Batch, StreamSpec
 from loaders.draw import VIEWS, Draw, Ints, enumerate_views, num_view_batches, population, rank_draws
 from loaders.index import Index
-from loaders.pipeline import Graph, test_inputs, test_pipeline, train_inputs, train_pipeline
+from loaders.pipeline import Graph, train_inputs, train_pipeline, view_inputs, view_pipeline
 from loaders.probe import default_graph
 from loaders.source import Encoded, Source
 
@@ -25,7 +25,7 @@ _READ_AHEAD = 2
 
 
 class DaliLoader:
-    """Iterates over Batch objects; see `train_loader` and `test_loader`. Close it, or use it as a context manager.
+    """Iterates over Batch objects; see `train_loader` and `view_loader`. Close it, or use it as a context manager.
 
     num_left_out: training videos that are too short for a sample.
     """
@@ -51,7 +51,7 @@ class DaliLoader:
         self._in_graph: deque[Draw] = deque()
         self._batches: deque[Batch] = deque()
         self._test = num_batches is not None
-        make: Callable[..., Any] = test_pipeline if self._test else train_pipeline
+        make: Callable[..., Any] = view_pipeline if self._test else train_pipeline
         self._pipeline = make(self._spec, graph, batch_size, self._feed)
 
     def __len__(self) -> int:
@@ -82,7 +82,7 @@ class DaliLoader:
             raise StopIteration
         encoded = self._ahead.popleft().result()
         self._in_graph.append(encoded.draw)
-        return (test_inputs if self._test else train_inputs)(encoded, self._spec)
+        return (view_inputs if self._test else train_inputs)(encoded, self._spec)
 
     def _batch(self, draw: Draw, output: Any) -> Batch:
         # The view stays valid after later runs: the executor frees a buffer only when nobody holds it.
@@ -155,7 +155,7 @@ def train_loader(
     )
 
 
-def test_loader(
+def view_loader(
     index: Index,
     rows: Ints,
     spec: StreamSpec,
@@ -184,6 +184,3 @@ def test_loader(
         batch_size,
         num_batches=pairs * len(VIEWS),
     )
-
-
-test_loader.__test__ = False  # type: ignore[attr-defined]  # not a test, whatever its name suggests to pytest

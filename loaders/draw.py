@@ -154,7 +154,7 @@ def rank_draws(
     return (draw_batch(seed, step, videos, spec, batch_size).slots(rank, world_size) for step in count(start_step))
 
 
-def test_taus(num_frames: int, frames_needed: int, num_taus: int) -> Ints:
+def view_taus(num_frames: int, frames_needed: int, num_taus: int) -> Ints:
     """Starts of the test samples of one video, equally spaced from the first that fits to the last (sec. 5).
 
         num_frames = 31, L = 10, num_taus = 3      tau = 0, 10, 20
@@ -163,9 +163,6 @@ def test_taus(num_frames: int, frames_needed: int, num_taus: int) -> Ints:
     """
     last = max(num_frames - frames_needed, 0)
     return np.rint(np.linspace(0, last, num_taus)).astype(np.int64) if num_taus > 1 else np.array([last // 2])
-
-
-test_taus.__test__ = False  # type: ignore[attr-defined]  # not a test, whatever its name suggests to pytest
 
 
 def enumerate_views(
@@ -183,7 +180,7 @@ def enumerate_views(
         valid = pair < total
         pair = np.where(valid, pair, 0)
         video = np.asarray(rows, np.int64)[pair // num_taus]
-        taus = {int(v): test_taus(int(index.num_frames[v]), spec.frames_needed, num_taus) for v in np.unique(video)}
+        taus = {int(v): view_taus(int(index.num_frames[v]), spec.frames_needed, num_taus) for v in np.unique(video)}
         yield Draw(
             video=video,
             tau=np.array([taus[int(v)][p] for v, p in zip(video, pair % num_taus, strict=True)]),

@@ -60,15 +60,12 @@ def train_inputs(encoded: Encoded, spec: StreamSpec) -> tuple[Any, ...]:
     )
 
 
-def test_inputs(encoded: Encoded, spec: StreamSpec) -> tuple[Any, ...]:
+def view_inputs(encoded: Encoded, spec: StreamSpec) -> tuple[Any, ...]:
     """What the test graph is fed: images, shift, width, and the width of the mirrored views."""
     draw = encoded.draw
     shift, width = image_affine(encoded.entries, np.zeros(len(draw), bool), draw.alpha, spec)
     _, mirrored_width = image_affine(encoded.entries, np.ones(len(draw), bool), draw.alpha, spec)
     return encoded.images, shift, width, mirrored_width
-
-
-test_inputs.__test__ = False  # type: ignore[attr-defined]  # not a test, whatever its name suggests to pytest
 
 
 def train_pipeline(spec: StreamSpec, graph: Graph, batch_size: int, feed: Callable[[], tuple[Any, ...]]) -> Pipeline:
@@ -95,10 +92,10 @@ def train_pipeline(spec: StreamSpec, graph: Graph, batch_size: int, feed: Callab
     return _built(build())
 
 
-def test_pipeline(spec: StreamSpec, graph: Graph, batch_size: int, feed: Callable[[], tuple[Any, ...]]) -> Pipeline:
+def view_pipeline(spec: StreamSpec, graph: Graph, batch_size: int, feed: Callable[[], tuple[Any, ...]]) -> Pipeline:
     """Graph of test batches: every frame is decoded once, and gives the ten outputs of VIEWS.
 
-    feed gives the next `test_inputs`, or raises StopIteration.
+    feed gives the next `view_inputs`, or raises StopIteration.
     """
 
     @pipeline_def(**_options(spec, graph, batch_size))
@@ -123,9 +120,6 @@ def test_pipeline(spec: StreamSpec, graph: Graph, batch_size: int, feed: Callabl
         )
 
     return _built(build())
-
-
-test_pipeline.__test__ = False  # type: ignore[attr-defined]
 
 
 def _options(spec: StreamSpec, graph: Graph, batch_size: int) -> dict[str, Any]:

@@ -141,7 +141,7 @@ def train_loader(
     return ReferenceLoader(Source(index, spec), draws, device=device, num_left_out=videos.num_left_out)
 
 
-def test_loader(
+def view_loader(
     index: Index,
     rows: Ints,
     spec: StreamSpec,
@@ -153,12 +153,9 @@ def test_loader(
     device: str = "cpu",
     **_: Any,
 ) -> ReferenceLoader:
-    """As `dali_loader.test_loader`, computed on the CPU; its num_threads and graph are ignored."""
+    """As `dali_loader.view_loader`, computed on the CPU; its num_threads and graph are ignored."""
     pairs = num_view_batches(len(rows) * num_taus, batch_size, world_size)
     draws = enumerate_views(
         index, rows, spec, num_taus=num_taus, batch_size=batch_size, rank=rank, world_size=world_size
     )
     return ReferenceLoader(Source(index, spec), draws, device=device, num_batches=pairs * len(VIEWS))
-
-
-test_loader.__test__ = False  # type: ignore[attr-defined]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from loaders.batch import PCA_ALPHA_STD, StreamSpec
-from loaders.draw import VIEWS, draw_batch, population, rank_draws, test_taus
+from loaders.draw import VIEWS, draw_batch, population, rank_draws, view_taus
 from loaders.index import open_index
 
 TEMPORAL = StreamSpec(stream="temporal", L=3, crop_px=56)
@@ -85,11 +85,11 @@ def test_rank_slices_make_up_the_global_batch(videos, world_size):
 
 
 def test_taus_are_equally_spaced_from_the_first_to_the_last():
-    assert test_taus(31, 11, 3).tolist() == [0, 10, 20]
-    assert test_taus(5, 11, 4).tolist() == [0, 0, 0, 0]
-    assert test_taus(41, 11, 1).tolist() == [15]
+    assert view_taus(31, 11, 3).tolist() == [0, 10, 20]
+    assert view_taus(5, 11, 4).tolist() == [0, 0, 0, 0]
+    assert view_taus(41, 11, 1).tolist() == [15]
     for num_frames in (12, 35, 36, 37, 200):
-        taus = test_taus(num_frames, 11, 25)
+        taus = view_taus(num_frames, 11, 25)
         assert len(taus) == 25 and taus[0] == 0 and taus[-1] == num_frames - 11
         assert np.ptp(np.diff(taus)) <= 1
 

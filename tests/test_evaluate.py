@@ -47,7 +47,7 @@ def test_a_score_is_the_mean_softmax_over_the_views(packed, tmp_path):
     rows = index.split("split1_test")
     scores, num_views = evaluate.score_videos(net, config, "temporal", index, rows, 3, ALONE)
     expected = {row: [] for row in rows}
-    loader = loader_module(config).test_loader(index, rows, stream_spec(config, "temporal"), num_taus=3, batch_size=1)
+    loader = loader_module(config).view_loader(index, rows, stream_spec(config, "temporal"), num_taus=3, batch_size=1)
     with loader, torch.inference_mode():
         for batch in loader:
             expected[batch.videos[0]].append(net(batch.inputs).double().softmax(1)[0].numpy())

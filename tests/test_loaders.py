@@ -58,8 +58,8 @@ def test_test_views_equal_the_reference(packed, spec, device):
     index = open_index(packed)
     rows = index.split("split1_test")
     options = dict(num_taus=3, batch_size=8)
-    plain = list(reference.test_loader(index, rows, spec, **options))
-    with dali_loader.test_loader(index, rows, spec, device=device, **options) as loader:
+    plain = list(reference.view_loader(index, rows, spec, **options))
+    with dali_loader.view_loader(index, rows, spec, device=device, **options) as loader:
         assert len(loader) == len(plain) == 10 * -(-len(rows) * 3 // 8)
         for a, b in zip(loader, plain, strict=True):
             assert (a.videos == b.videos).all() and (a.tau == b.tau).all() and (a.valid == b.valid).all()
@@ -148,7 +148,7 @@ def test_short_videos_are_left_out_of_training_and_repeat_their_last_field_in_te
     loader = dali_loader.train_loader(index, rows, spec, seed=0, batch_size=64)
     assert loader.num_left_out == 1
     assert short not in take(loader, 1)[0].videos
-    (batch, *_) = list(dali_loader.test_loader(index, np.array([short]), spec, num_taus=1, batch_size=1))
+    (batch, *_) = list(dali_loader.view_loader(index, np.array([short]), spec, num_taus=1, batch_size=1))
     stack = batch.inputs[0].reshape(5, 2, 60, 60)
     assert torch.equal(stack[2], stack[3]) and torch.equal(stack[2], stack[4])
     assert not torch.equal(stack[1], stack[2])
@@ -161,7 +161,7 @@ def test_every_view_of_every_video_comes_exactly_once(packed, world_size):
     counts = {}
     lengths = set()
     for rank in range(world_size):
-        with dali_loader.test_loader(
+        with dali_loader.view_loader(
             index, rows, spec, num_taus=4, batch_size=5, rank=rank, world_size=world_size
         ) as loader:
             batches = list(loader)
@@ -180,7 +180,7 @@ def test_mirrored_view_is_the_mirrored_field(packed):
     """View k + 5 is view k of the mirrored video, whose left corners are the right ones: flipped, dx negated."""
     index = open_index(packed)
     spec = StreamSpec(stream="temporal", L=2, crop_px=60)
-    views = list(dali_loader.test_loader(index, index.rows(["walk/wide"]), spec, num_taus=1, batch_size=1))
+    views = list(dali_loader.view_loader(index, index.rows(["walk/wide"]), spec, num_taus=1, batch_size=1))
     for k in range(5):
         y, x, _ = VIEWS[k]
         assert VIEWS[k + 5] == (y, x, True)

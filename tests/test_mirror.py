@@ -71,7 +71,7 @@ def check_property(plain, mirrored, subtract_mean):
     views = [
         [batch.inputs.numpy() / FLOW_SCALE for batch in loader]
         for loader in (
-            dali_loader.test_loader(index, rows, spec, num_taus=1, batch_size=len(rows)) for index in (plain, mirrored)
+            dali_loader.view_loader(index, rows, spec, num_taus=1, batch_size=len(rows)) for index in (plain, mirrored)
         )
     ]
     for k, (y, x, mirror) in enumerate(VIEWS):

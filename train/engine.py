@@ -49,13 +49,13 @@ def stream_spec(config: Config, stream: str) -> StreamSpec:
 
 
 def loader_module(config: Config) -> Any:
-    """The module with the configured `train_loader` and `test_loader`."""
+    """The module with the configured `train_loader` and `view_loader`."""
     names = {"dali": "loaders.dali_loader", "reference": "loaders.reference"}
     return importlib.import_module(names[config.data.loader])  # DALI is imported only where it is used
 
 
 def loader_options(config: Config, world: World) -> dict[str, Any]:
-    """The arguments that `train_loader` and `test_loader` share."""
+    """The arguments that `train_loader` and `view_loader` share."""
     return {
         "rank": world.rank,
         "world_size": world.world_size,

@@ -93,7 +93,7 @@ def score_videos(
     slot_of_row[rows] = np.arange(len(rows))
     sums = torch.zeros(len(rows), len(index.classes), dtype=torch.float64, device=world.device)
     counts = torch.zeros(len(rows), dtype=torch.int64, device=world.device)
-    loader = loader_module(config).test_loader(
+    loader = loader_module(config).view_loader(
         index,
         rows,
         stream_spec(config, stream),
