@@ -46,5 +46,8 @@ else
     step gpu_tests "$PYTHON" -m pytest -q -k "equal_the_reference and spatial and cpu" -p no:cacheprovider tests/test_loaders.py
 fi
 step decode_rates "$PYTHON" benchmarks/decode_rates.py --device "$device" "${data[@]}" "${quick[@]}" --out "$out/decode_rates_$device.json"
-step loader_throughput "$PYTHON" benchmarks/loader_throughput.py --device "$device" "${data[@]}" "${quick[@]}" --out "$out/loader_throughput_$device.json"
+for stream in temporal spatial; do # one may crash: a process and a file for each
+    step "loader_throughput_$stream" "$PYTHON" benchmarks/loader_throughput.py --device "$device" --streams "$stream" --rounds 3 \
+        --seconds 2 "${data[@]}" "${quick[@]}" --out "$out/loader_throughput_${device}_$stream.json"
+done
 exit "$worst"

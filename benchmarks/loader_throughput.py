@@ -4,10 +4,10 @@
 
 Every row delivers the same training batches: float32 (N, 2L, 224, 224) of stacked fields or (N, 3, 224, 224) RGB, drawn
 by the same pure function; each row's first batch is compared with the reference, and one that differs ends the program.
-Rounds are interleaved, the clock runs around `next()`, warm-up is outside it. The file is written after every stream.
+Rounds are interleaved, the clock runs around `next()`, warm-up is outside it. The file is written after every round.
 
     ours_k1           this project's DALI loader
-    torch_dataloader  torch DataLoader over loose JPEG files, decoded by OpenCV in worker processes, best of 1..cores
+    torch_dataloader  torch DataLoader over loose JPEG files, decoded by OpenCV in worker processes, best of 1, 2, 4
     reference         the plain numpy loader that serves as the tests' oracle
     ceiling_decode    libjpeg-turbo (through OpenCV) on all cores, decoding the same bytes and nothing else
 """
@@ -129,7 +129,7 @@ def rows(folder: Path, index: Index, spec: StreamSpec, arguments: argparse.Names
     makers: dict[str, Callable[[], Any]] = {
         "ours_k1": lambda: project_loader(dali_loader, device=arguments.device, num_threads=cores)
     }
-    for workers in range(1, cores + 1):
+    for workers in (count for count in (1, 2, 4) if count == 1 or count <= cores):
         makers[f"torch_dataloader:{workers}"] = lambda workers=workers: torch_loader(workers)
     makers["reference"] = lambda: project_loader(reference)
     makers["ceiling_decode"] = lambda: ceiling(index, videos, spec, arguments.batch_size, cores)
@@ -138,8 +138,8 @@ def rows(folder: Path, index: Index, spec: StreamSpec, arguments: argparse.Names
 
 def measure(
     makers: dict[str, Callable[[], Any]], tolerance: float, arguments: argparse.Namespace, progress: Any
-) -> dict[str, list[float]]:
-    """Samples/s of every row in every round. A round takes each row in turn, at least `seconds` long.
+) -> Iterator[dict[str, list[float]]]:
+    """Samples/s of every row so far, after every round. A round takes each row in turn, at least `seconds` long.
 
     tolerance: largest difference of a row's first batch from the reference's.
     """
@@ -163,7 +163,7 @@ def measure(
                 batches.close()  # ends its threads and frees its buffers before the next row
             del batches, first
             progress.update()
-    return rates
+        yield rates
 
 
 def largest_difference(index: Index, spec: StreamSpec, device: str) -> float:
@@ -203,6 +203,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Loader throughput beside its peers and its ceiling.")
     parser.add_argument("--data", type=Path, help="packed data set; default: the generated demo set at 256 px")
     parser.add_argument("--split", default="split1_train", help="list of videos (default: %(default)s)")
+    parser.add_argument("--streams", nargs="+", choices=["temporal", "spatial"], default=["temporal", "spatial"])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
@@ -223,15 +224,17 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         index = open_index(arguments.data or demo_set(folder, 256 if not arguments.quick else 64))
-        for stream in ("temporal", "spatial"):
+        for stream in arguments.streams:
             spec = StreamSpec(stream=stream, L=arguments.L, crop_px=arguments.crop_px)
             makers = rows(folder, index, spec, arguments)
-            with tqdm(total=len(makers) * arguments.rounds, desc=stream, disable=None) as progress:
-                tolerance = largest_difference(index, spec, arguments.device)
-                table += summarise(stream, measure(makers, tolerance, arguments, progress))
+            tolerance = largest_difference(index, spec, arguments.device)
             config = {key: value for key, value in vars(arguments).items() if not isinstance(value, Path)}
             config |= {"data": describe_data(index, arguments.data is None)}
-            write_result(arguments.out, config, rows=table)
+            done = table
+            with tqdm(total=len(makers) * arguments.rounds, desc=stream, disable=None) as progress:
+                for rates in measure(makers, tolerance, arguments, progress):
+                    table = done + summarise(stream, rates)
+                    write_result(arguments.out, config, rows=table)
     for row in table:
         rate = row["samples_per_s"]
         print(
