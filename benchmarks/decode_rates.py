@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from itertools import cycle, product
+from itertools import cycle, islice, product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,45 +24,54 @@ from common import RESULTS, demo_set, describe_data, write_result
 import numpy as np  # isort: skip
 
 from loaders.batch import FLOW_SCALE, RGB_STD, StreamSpec
-from loaders.draw import population, rank_draws
+from loaders.draw import Draw, population, rank_draws
 from loaders.index import open_index
 from loaders.pipeline import Graph, train_inputs, train_pipeline
 from loaders.probe import TOLERANCE
 from loaders.source import Encoded, Source
 
-DECODERS = {"cpu": [("cpu", True), ("cpu", False)], "cuda": [("cpu", True), ("mixed", False), ("mixed", True)]}
+Batch = tuple[Encoded, Draw, np.ndarray]
+
+DECODERS = {
+    "cpu": [("cpu", True), ("cpu", False)],
+    "cuda": [("cpu", True), ("mixed", False), ("mixed", True), ("shared", False)],
+}
 
 
-def read_batches(root: Path, split: str, spec: StreamSpec, batch_size: int, count: int) -> list[Encoded]:
+def read_batches(root: Path, split: str, spec: StreamSpec, batch_size: int, count: int) -> list[Batch]:
+    """(encoded, draw, entries) of the first training batches."""
     index = open_index(root)
     videos = population(index, index.split(split), spec)
     draws = rank_draws(videos, spec, seed=0, batch_size=batch_size, rank=0, world_size=1, start_step=0)
     source = Source(index, spec)
-    return [source.read(next(draws)) for _ in range(count)]
+    return [
+        (source.read(*run), draw, source.entries(*run))
+        for draw, run in ((draw, (draw.video, draw.tau, spec.steps)) for draw in islice(draws, count))
+    ]
 
 
-def codes_of_widest_range(inputs: np.ndarray, encoded: Encoded, spec: StreamSpec) -> np.ndarray:
-    """Network inputs (m, c, h, w) in units of one code."""
+def codes_of_widest_range(inputs: np.ndarray, entries: np.ndarray, spec: StreamSpec) -> np.ndarray:
+    """Network inputs in units of one code: (n, 3, h, w) RGB or (m, h, w, 1) components."""
     if spec.stream == "spatial":
         return inputs * RGB_STD[:, None, None]
-    return inputs / FLOW_SCALE / (float((encoded.entries["hi"] - encoded.entries["lo"]).max()) / 255)
+    return inputs / FLOW_SCALE / (float((entries["hi"] - entries["lo"]).max()) / 255)
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """One case, in this process."""
     spec = StreamSpec(stream=options.stream, L=options.L, crop_px=options.crop_px)
-    encoded = read_batches(options.data, options.split, spec, options.batch_size, 3)
-    inputs = [train_inputs(batch, spec) for batch in encoded]
+    batches = read_batches(options.data, options.split, spec, options.batch_size, 3)
 
     def first_batch(graph: Graph) -> np.ndarray:
-        (output,) = train_pipeline(spec, graph, options.batch_size, lambda: inputs[0]).run()
+        inputs = train_inputs(*batches[0], spec, graph)
+        (output,) = train_pipeline(spec, graph, options.batch_size, lambda: inputs).run()
         return np.asarray((output.as_cpu() if graph.device == "cuda" else output).as_tensor())
 
     graph = Graph(options.device, options.decoder, bool(options.region), options.threads)
     found, expected = first_batch(graph), first_batch(Graph(num_threads=options.threads))
-    difference = np.abs(codes_of_widest_range(found - expected, encoded[0], spec)).max()
+    difference = np.abs(codes_of_widest_range(found - expected, batches[0][2], spec)).max()
 
-    endless = cycle(inputs)
+    endless = cycle([train_inputs(*batch, spec, graph) for batch in batches])
     pipeline = train_pipeline(spec, graph, options.batch_size, lambda: next(endless))
     for _ in range(3):
         pipeline.run()
@@ -111,7 +120,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     # Of one case, when this program calls itself:
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--stream", choices=["spatial", "temporal"], default="temporal", help=argparse.SUPPRESS)
-    parser.add_argument("--decoder", choices=["cpu", "mixed"], default="cpu", help=argparse.SUPPRESS)
+    parser.add_argument("--decoder", choices=["cpu", "mixed", "shared"], default="cpu", help=argparse.SUPPRESS)
     parser.add_argument("--region", type=int, default=1, help=argparse.SUPPRESS)
     parser.add_argument("--batch-size", type=int, default=64, help=argparse.SUPPRESS)
     parser.add_argument("--L", type=int, default=10, help=argparse.SUPPRESS)

@@ -146,9 +146,14 @@ _SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 
 
 def coded_size(jpeg: bytes) -> tuple[int, int, int]:
-    """Size (height, width, channels) that a JPEG's header claims, found by walking its segments; nothing is decoded.
+    """Size (height, width, channels) that a JPEG's header claims. Raises ValueError as `frame_header` does."""
+    return frame_header(jpeg)[0]
 
-    Raises ValueError if there is no frame header before the scan.
+
+def frame_header(jpeg: bytes) -> tuple[tuple[int, int, int], int]:
+    """Size (height, width, channels) that a JPEG's header claims, and the number of bytes up to there.
+
+    Found by walking the segments; nothing is decoded. Raises ValueError if there is no frame header before the scan.
     """
     if jpeg[:2] != b"\xff\xd8":
         raise ValueError(f"The bytes begin with {jpeg[:2].hex() or 'nothing'}; a JPEG begins with ffd8.")
@@ -156,11 +161,8 @@ def coded_size(jpeg: bytes) -> tuple[int, int, int]:
     while at + 10 <= len(jpeg) and jpeg[at] == 0xFF:
         marker = jpeg[at + 1]
         if marker in _SOF:
-            return (
-                int.from_bytes(jpeg[at + 5 : at + 7], "big"),
-                int.from_bytes(jpeg[at + 7 : at + 9], "big"),
-                jpeg[at + 9],
-            )
+            height, width = (int.from_bytes(jpeg[at + i : at + i + 2], "big") for i in (5, 7))
+            return (height, width, jpeg[at + 9]), at + 10
         if marker == 0xDA:  # the scan
             break
         at += 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")

@@ -110,20 +110,24 @@ def _videos(path: Path) -> Iterator[tuple[str, list[ClipEntry]]]:
 
 def build_index(root: Path, progress: Callable[[Path], object] | None = None) -> None:
     """Build `index.bin` from the tars of a folder, atomically."""
-    header, arrays = scan_shards(root, progress)
+    write_index(root, *scan_shards(root, progress))
+
+
+def write_index(root: Path, header: dict[str, Any], arrays: Arrays) -> None:
+    """Write `index.bin`, atomically; header and arrays are those of `scan_shards`."""
     path = Path(root) / INDEX_NAME
     temporary = path.with_name(path.name + ".tmp")
-    header["arrays"] = {}
+    places = {}
     at = 0
     for name, array in arrays.items():
-        header["arrays"][name] = {"offset": at, "count": len(array), "bytes": array.itemsize}
+        places[name] = {"offset": at, "count": len(array), "bytes": array.itemsize}
         at += array.nbytes + -array.nbytes % 64
-    text = json.dumps(header, ensure_ascii=False).encode()
+    text = json.dumps({**header, "arrays": places}, ensure_ascii=False).encode()
     text += b" " * (-(len(MAGIC) + 8 + len(text)) % 64)
     with open(temporary, "wb") as file:
         file.write(MAGIC + len(text).to_bytes(8, "little") + text)
         for array in arrays.values():
-            file.write(array.tobytes())
+            file.write(np.ascontiguousarray(array).view(np.uint8).data)
             file.write(bytes(-array.nbytes % 64))
         file.flush()
         os.fsync(file.fileno())

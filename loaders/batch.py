@@ -1,13 +1,14 @@
 """What goes into a loader and what comes out."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 if TYPE_CHECKING:
     import torch
+
+    from loaders.draw import Draw
 
 #: The temporal net's input is displacement in px (at the stored size), after mean subtraction, times this. On real
 #: clips px/frame has a standard deviation of 1.1 (frames of 128 px) to 1.3 (256 px), near the 1 that He initialisation
@@ -34,6 +35,7 @@ class StreamSpec:
     subtract_mean: from each field its own mean vector (sec. 3.1). Temporal only.
     color_jitter: PCA colour offset in training (sec. 5, after its reference [15]). Spatial only.
     random_mirror: mirror half of the training samples.
+    stacks_per_window: k; in training a window of L + k - 1 fields is decoded once and gives k stacks. Temporal only.
     """
 
     stream: str
@@ -42,12 +44,18 @@ class StreamSpec:
     subtract_mean: bool = True
     color_jitter: bool = True
     random_mirror: bool = True
+    stacks_per_window: int = 1
 
     def __post_init__(self) -> None:
         if self.stream not in ("spatial", "temporal"):
             raise ValueError(f"stream={self.stream!r}: there are 'spatial' and 'temporal'.")
         if self.L < 1 or self.crop_px < 1:
             raise ValueError(f"L={self.L}, crop_px={self.crop_px}: both are at least 1.")
+        if self.stacks_per_window < 1 or (self.stacks_per_window > 1 and self.stream == "spatial"):
+            raise ValueError(
+                f"stacks_per_window={self.stacks_per_window} on the {self.stream} stream: at least 1, and only stacks "
+                "of fields share what is decoded; take 1 for RGB frames."
+            )
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -58,6 +66,11 @@ class StreamSpec:
     def steps(self) -> int:
         """Time steps of a sample: 1 frame, or L fields."""
         return 1 if self.stream == "spatial" else self.L
+
+    @property
+    def window_steps(self) -> int:
+        """Time steps of a window: those of k samples that start one after the other."""
+        return self.steps + self.stacks_per_window - 1
 
     @property
     def frames_needed(self) -> int:
@@ -81,12 +94,9 @@ class Batch:
 
     inputs  (n, C, crop, crop) float32 on the device: normalised RGB, or px/frame * FLOW_SCALE
     labels  (n,) int64 on the device
-    videos  (n,) int64, rows of the index;  tau (n,) int64
-    valid   (n,) bool; False for the padding that makes test batches equal on all ranks
+    draw    what was drawn: video, tau, crop, mirror, ... of each sample; a test batch is one of the ten views of it
     """
 
     inputs: "torch.Tensor"
     labels: "torch.Tensor"
-    videos: npt.NDArray[np.int64]
-    tau: npt.NDArray[np.int64]
-    valid: npt.NDArray[Any]
+    draw: "Draw"

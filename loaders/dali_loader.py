@@ -1,27 +1,103 @@
-"""The loader: a thread that reads and checks encoded bytes ahead, the DALI graph, and batches of torch tensors.
+"""The loader: threads that read and check encoded bytes ahead, the DALI graphs, and batches of torch tensors.
 
-draw_batch(seed, step) ─ Source.read, in a thread ─ DALI graph, in its threads ─ Batch
+draw_batch(seed, step) ─ Source.read, in threads ─ DALI graph, in its threads ─────────────────── Batch
+with windows                                     ─ decode graph ─ WindowPool ─ stack graph ────── Batch
 """
 
 import re
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 
 from flow.shard import ShardError
+from loaders import pipeline as graphs
 from loaders.batch import Batch, StreamSpec
 from loaders.draw import VIEWS, Draw, Ints, enumerate_views, num_view_batches, population, rank_draws
 from loaders.index import Index
-from loaders.pipeline import Graph, train_inputs, train_pipeline, view_inputs, view_pipeline
-from loaders.probe import default_graph
+from loaders.pipeline import Graph
+from loaders.probe import choose_graph
 from loaders.source import Encoded, Source
+from loaders.windows import NewWindows, WindowPool, cut_stacks, plan_windows
 
-#: Batches read and checked ahead of the graph's own queue of two.
-_READ_AHEAD = 2
+#: Batches that are read and checked ahead of the graph's own queue, and threads that do it: one is enough for 2 cores.
+_READ_AHEAD = 4
+_READERS = 2
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A batch to make: its draw, the runs (video, first) of `steps` time steps to decode, and new windows if any."""
+
+    draw: Draw
+    video: Ints
+    first: Ints
+    steps: int
+    new: NewWindows | None = None
+
+
+class _Reader:
+    """Requests with their bytes, in order, read ahead by threads. What is taken stays valid until it is released."""
+
+    def __init__(self, source: Source, requests: Iterator[_Request]):
+        self.source = source
+        self._requests = requests
+        self._threads = ThreadPoolExecutor(_READERS, thread_name_prefix="loader-read")
+        self._ahead: deque[tuple[_Request, Future[Encoded]]] = deque()
+
+    def take(self) -> tuple[_Request, Encoded]:
+        """The next request and its bytes. Raises StopIteration at the end, ShardError for a damaged member."""
+        while len(self._ahead) <= _READ_AHEAD and (request := next(self._requests, None)) is not None:
+            read = self._threads.submit(self.source.read, request.video, request.first, request.steps)
+            self._ahead.append((request, read))
+        if not self._ahead:
+            raise StopIteration
+        request, read = self._ahead.popleft()
+        return request, read.result()
+
+    def close(self) -> None:
+        self._requests = iter(())
+        for _, read in self._ahead:
+            read.cancel()
+        self._threads.shutdown(wait=True)
+        self._ahead.clear()
+        self.source.close()
+
+
+class _Graph:
+    """A DALI graph fed by a function, and what it was fed for each batch that is still inside.
+
+    feed returns the inputs, and whatever the caller wants back with the batch's output.
+    """
+
+    def __init__(self, make: Callable[..., Any], feed: Callable[[], tuple[tuple[Any, ...], Any]], *arguments: Any):
+        self._inside: deque[tuple[tuple[Any, ...], Any]] = deque()
+        self._feed = feed
+        self._pipeline: Any = make(*arguments, self._next_inputs)
+
+    def _next_inputs(self) -> tuple[Any, ...]:
+        self._inside.append(self._feed())  # the graph does not copy its inputs: they have to live until it is done
+        return self._inside[-1][0]
+
+    def run(self) -> tuple[Any, Any]:
+        """The next batch: the graph's outputs, and what `feed` returned with its inputs."""
+        outputs = self._pipeline.run()
+        return outputs, self._inside.popleft()[1]
+
+    @property
+    def failing(self) -> Any:
+        """What `feed` returned for the batch that `run` could not make."""
+        return self._inside[0][1] if self._inside else None
+
+    def close(self) -> None:
+        self._pipeline = None
+        self._inside.clear()
 
 
 class DaliLoader:
@@ -37,22 +113,28 @@ class DaliLoader:
         graph: Graph,
         batch_size: int,
         *,
+        start_step: int = 0,
         num_batches: int | None = None,
         num_left_out: int = 0,
     ):
         self._source = source
         self._spec = source.spec
-        self._draws = draws
-        self._device = torch.device(graph.device)
+        self._graph = graph
         self._num_batches = num_batches
         self.num_left_out = num_left_out
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="loader-read")
-        self._ahead: deque[Future[Encoded]] = deque()
-        self._in_graph: deque[Draw] = deque()
+        self._reader = _Reader(source, _requests(draws, self._spec, start_step, views=num_batches is not None))
         self._batches: deque[Batch] = deque()
-        self._test = num_batches is not None
-        make: Callable[..., Any] = view_pipeline if self._test else train_pipeline
-        self._pipeline = make(self._spec, graph, batch_size, self._feed)
+        self._stacker: _Graph | None = None
+        self._pool = WindowPool(self._spec)
+        if self._spec.stacks_per_window == 1 or num_batches is not None:
+            self._inputs = graphs.train_inputs if num_batches is None else graphs.view_inputs
+            make: Callable[..., Any] = graphs.train_pipeline if num_batches is None else graphs.view_pipeline
+            self._decoder = _Graph(make, self._feed, self._spec, graph, batch_size)
+        else:
+            max_images = batch_size * self._spec.window_steps * len(self._spec.kinds)
+            self._decoder = _Graph(graphs.decode_pipeline, self._feed_windows, self._spec, graph, max_images)
+            if graph.device == "cpu":
+                self._stacker = _Graph(graphs.stack_pipeline, self._feed_stacks, self._spec, graph, batch_size)
 
     def __len__(self) -> int:
         """Batches of a test loader, ten for each batch of (video, tau) pairs."""
@@ -66,53 +148,78 @@ class DaliLoader:
     def __next__(self) -> Batch:
         """The next batch. Raises ShardError if a member is damaged; the loader is of no further use then."""
         while not self._batches:
-            try:
-                outputs = self._pipeline.run()
-            except RuntimeError as error:
-                raise self._explained(error) from error
-            draw = self._in_graph.popleft()
-            self._batches.extend(self._batch(draw, output) for output in outputs)
+            if self._stacker:
+                (output,), draw = self._stacker.run()
+                self._batches.append(self._batch(draw, _as_torch(output)))
+                continue
+            outputs, request = self._decode()
+            if request.new is None:
+                self._batches.extend(self._batch(request.draw, _as_torch(output)) for output in outputs)
+            else:
+                stacks, draw = self._update_pool(outputs, request)
+                self._batches.append(self._batch(draw, cut_stacks(stacks, draw, self._entries(draw), self._spec)))
         return self._batches.popleft()
 
-    def _feed(self) -> tuple[Any, ...]:
-        """Inputs of the next batch, for the graph's external source. Raises StopIteration at the end of the draws."""
-        while len(self._ahead) <= _READ_AHEAD and (draw := next(self._draws, None)) is not None:
-            self._ahead.append(self._reader.submit(self._source.read, draw))
-        if not self._ahead:
-            raise StopIteration
-        encoded = self._ahead.popleft().result()
-        self._in_graph.append(encoded.draw)
-        return (view_inputs if self._test else train_inputs)(encoded, self._spec)
+    def _decode(self) -> tuple[Any, _Request]:
+        """Outputs of the first graph, and the request they answer."""
+        try:
+            outputs, (request, encoded) = self._decoder.run()
+        except RuntimeError as error:
+            raise self._explained(error) from error
+        self._source.release(encoded)
+        return outputs, request
 
-    def _batch(self, draw: Draw, output: Any) -> Batch:
-        # The view stays valid after later runs: the executor frees a buffer only when nobody holds it.
-        images = torch.from_dlpack(output.as_tensor())  # (n * num_images, c, crop, crop)
+    def _feed(self) -> tuple[tuple[Any, ...], Any]:
+        request, encoded = self._reader.take()
+        entries = self._source.entries(request.video, request.first, request.steps)
+        return self._inputs(encoded, request.draw, entries, self._spec, self._graph), (request, encoded)
+
+    def _feed_windows(self) -> tuple[tuple[Any, ...], Any]:
+        request, encoded = self._reader.take()
+        return graphs.decode_inputs(encoded, self._graph), (request, encoded)
+
+    def _feed_stacks(self) -> tuple[tuple[Any, ...], Any]:
+        outputs, request = self._decode()
+        stacks, draw = self._update_pool(outputs, request)
+        frames = [frame for stack in stacks for frame in stack.numpy()]
+        return graphs.stack_inputs(frames, draw, self._entries(draw), self._spec), draw
+
+    def _update_pool(self, outputs: Any, request: _Request) -> tuple[list[torch.Tensor], Draw]:
+        """What the request's samples are cut from, with its new windows in the pool and those done with out of it."""
+        assert request.new is not None
+        self._pool.add(request.new, outputs[0])
+        stacks = self._pool.stacks(request.draw)
+        self._pool.drop_used(request.new.step)
+        return stacks, request.draw
+
+    def _entries(self, draw: Draw) -> Any:
+        return self._source.entries(draw.video, draw.tau, self._spec.steps)
+
+    def _batch(self, draw: Draw, images: torch.Tensor) -> Batch:
+        labels = torch.from_numpy(self._source.index.labels[draw.video])
         return Batch(
             inputs=images.view(len(draw), self._spec.num_channels, self._spec.crop_px, self._spec.crop_px),
-            labels=torch.from_numpy(self._source.index.labels[draw.video]).to(self._device, non_blocking=True),
-            videos=draw.video,
-            tau=draw.tau,
-            valid=draw.valid,
+            labels=labels.to(self._graph.device, non_blocking=True),
+            draw=draw,
         )
 
     def _explained(self, error: RuntimeError) -> Exception:
         """A decoder's complaint about image i of a flat batch, as the member that it is."""
         found = re.search(r"Failed to decode sample #(\d+)", str(error))
-        if not found or not self._in_graph:
+        if not found or not self._decoder.failing:
             return error
-        sample, image = divmod(int(found.group(1)), self._spec.num_images)
-        where = self._source.where(self._in_graph[0], sample, image)
+        request, _ = self._decoder.failing
+        step, kind = divmod(int(found.group(1)), len(self._spec.kinds))
+        run, step = divmod(step, request.steps)
+        where = self._source.where(int(request.video[run]), int(request.first[run]) + step, kind)
         return ShardError(f"{where}: no decodable JPEG, though its bytes are what was packed. Pack the set again.")
 
     def close(self) -> None:
-        """Stop the reader and free the graph's buffers. Batches already delivered stay valid."""
-        self._draws = iter(())
-        for future in self._ahead:
-            future.cancel()
-        self._reader.shutdown(wait=True, cancel_futures=True)
-        self._ahead.clear()
-        self._source.close()
-        self._pipeline = None
+        """Stop the reader and free the graphs' buffers. Batches already delivered stay valid."""
+        self._reader.close()
+        if self._stacker:
+            self._stacker.close()
+        self._decoder.close()
 
     def __enter__(self) -> Self:
         return self
@@ -121,6 +228,45 @@ class DaliLoader:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _requests(draws: Iterator[Draw], spec: StreamSpec, start_step: int, views: bool) -> Iterator[_Request]:
+    """What to read for each batch: the samples themselves, or the windows that they share."""
+    if views or spec.stacks_per_window == 1:
+        for draw in draws:
+            yield _Request(draw, draw.video, draw.tau, spec.steps)
+    else:
+        for draw, new in plan_windows(draws, start_step, spec):
+            yield _Request(draw, new.video, new.first, spec.window_steps, new)
+
+
+def _choose_graph(
+    source: Source, draws: Iterator[Draw], device: str, num_threads: int, decoder: str
+) -> tuple[Graph, Iterator[Draw]]:
+    """The graph to take, measured on the first batch; and the draws, that one too."""
+    first = next(draws)
+    graph = choose_graph(device, num_threads, decoder, lambda graph: _measure(source, first, graph))
+    return graph, chain([first], draws)
+
+
+def _measure(source: Source, draw: Draw, graph: Graph, num_batches: int = 6) -> float:
+    """Samples/s of the training graph that makes a batch again and again; reading is not counted."""
+    spec = source.spec
+    run = draw.video, draw.tau, spec.steps
+    encoded, entries = source.read(*run), source.entries(*run)
+    inputs = graphs.train_inputs(encoded, draw, entries, spec, graph)
+    pipeline = graphs.train_pipeline(spec, graph, len(draw), lambda: inputs)
+    for _ in range(graphs.QUEUE_DEPTH + 1):
+        pipeline.run()
+    start_s = time.perf_counter()
+    for _ in range(num_batches):
+        pipeline.run()
+    return num_batches * len(draw) / (time.perf_counter() - start_s)
+
+
+def _as_torch(output: Any) -> torch.Tensor:
+    """A graph's output in one piece, not copied: the executor frees a buffer only when nobody holds it."""
+    return torch.from_dlpack(output.as_tensor())
 
 
 def train_loader(
@@ -135,22 +281,29 @@ def train_loader(
     start_step: int = 0,
     device: str = "cpu",
     num_threads: int = 2,
+    decoder: str = "auto",
     graph: Graph | None = None,
 ) -> DaliLoader:
     """Endless training batches; item s is this rank's slice of global batch start_step + s.
 
     rows: the training list, rows of the index. batch_size: of the *global* batch; each rank gets its share of it,
-    batch_size // world_size samples. graph: overrides device and num_threads.
+    batch_size // world_size samples. decoder: as in `probe.choose_graph`. graph: overrides device,
+    num_threads and decoder.
     Raises ValueError if the ranks cannot share the batch, or no video fits.
     """
     videos = population(index, rows, spec)
+    draws = rank_draws(
+        videos, spec, seed=seed, batch_size=batch_size, rank=rank, world_size=world_size, start_step=start_step
+    )
+    source = Source(index, spec)
+    if graph is None:
+        graph, draws = _choose_graph(source, draws, device, num_threads, decoder)
     return DaliLoader(
-        Source(index, spec),
-        rank_draws(
-            videos, spec, seed=seed, batch_size=batch_size, rank=rank, world_size=world_size, start_step=start_step
-        ),
-        graph or default_graph(device, num_threads),
+        source,
+        draws,
+        graph,
         batch_size // world_size,
+        start_step=start_step,
         num_left_out=videos.num_left_out,
     )
 
@@ -166,6 +319,7 @@ def view_loader(
     world_size: int = 1,
     device: str = "cpu",
     num_threads: int = 2,
+    decoder: str = "auto",
     graph: Graph | None = None,
 ) -> DaliLoader:
     """All test views of the listed videos, once: num_taus starts x 10 crops (sec. 5), dealt out to the ranks.
@@ -177,10 +331,7 @@ def view_loader(
     draws = enumerate_views(
         index, rows, spec, num_taus=num_taus, batch_size=batch_size, rank=rank, world_size=world_size
     )
-    return DaliLoader(
-        Source(index, spec),
-        draws,
-        graph or default_graph(device, num_threads),
-        batch_size,
-        num_batches=pairs * len(VIEWS),
-    )
+    source = Source(index, spec)
+    if graph is None:
+        graph, draws = _choose_graph(source, draws, device, num_threads, decoder)
+    return DaliLoader(source, draws, graph, batch_size, num_batches=pairs * len(VIEWS))

@@ -2,6 +2,17 @@
 
 Draws for the *global* batch are made by every rank, which then takes its slice: 1, 2 or 4 processes train on the same
 sequence of global batches, and a resumed run needs one integer, the step.
+
+Decode once, stack many: with k = `stacks_per_window`, a window of L + k - 1 consecutive fields gives k stacks. Slot
+q * k + j of every batch holds stack j of a window that was born (its stack 0 used) about j * SPREAD steps before:
+
+    step      0 1 2 3   4 5 6 7   8 9 ...      blocks of SPREAD = 4 steps; m = batch_size / k windows are born a step,
+    slot q,0  a b c d   e f g h   i j          here those of one q: a, b, c, ...
+    slot q,1  . . . .   c a d b   f h          a block later each is used again, in a drawn order
+    slot q,2  . . . .   . . . .   b c          and again: k times in all, in k different batches
+
+Dots are windows born before step 0: drawn like all others, since births may be negative. So a batch remains a function
+of (seed, step), and what a resumed run has to decode again are only the windows that are still in use.
 """
 
 from collections.abc import Iterator
@@ -16,8 +27,12 @@ from loaders.index import Index
 
 Ints = npt.NDArray[np.int64]
 
-#: Keeps the draws of the two streams apart under one seed.
+#: Keeps the draws of the two streams apart under one seed, and the orders in which windows are used again.
 _STREAM_COUNTER = {"spatial": 0, "temporal": 1}
+_ORDER_COUNTER = 2
+
+#: Mean number of steps between two stacks of one window.
+SPREAD = 4
 
 #: The ten test views: four corners and the centre, plain and mirrored (sec. 5). (y, x, mirrored), where y and x are
 #: fractions of the free border; a window starts at floor(fraction * border).
@@ -36,6 +51,8 @@ class Draw:
     crop   (n, 2) window's y0, x0 in px; its size is the stream's crop_px
     mirror (n,) bool                      alpha  (n, 3) weights of the colour components
     valid  (n,) bool, False for padding
+    window (n, 2) which window the sample is cut from: the step of its birth, its number in that step
+    first  (n,) first frame or field of that window
     """
 
     video: Ints
@@ -44,6 +61,31 @@ class Draw:
     mirror: npt.NDArray[np.bool_]
     alpha: npt.NDArray[np.float32]
     valid: npt.NDArray[np.bool_]
+    window: Ints
+    first: Ints
+
+    @classmethod
+    def of_stacks(
+        cls,
+        video: Ints,
+        tau: Ints,
+        crop: Ints,
+        mirror: npt.NDArray[np.bool_],
+        alpha: npt.NDArray[np.float32] | None = None,
+        valid: npt.NDArray[np.bool_] | None = None,
+    ) -> "Draw":
+        """Samples that share no window; without colour and all valid unless given."""
+        n = len(video)
+        return cls(
+            video=video,
+            tau=tau,
+            crop=crop,
+            mirror=mirror,
+            alpha=np.zeros((n, 3), np.float32) if alpha is None else alpha,
+            valid=np.ones(n, bool) if valid is None else valid,
+            window=np.stack([np.zeros(n, np.int64), np.arange(n)], axis=1),
+            first=tau,
+        )
 
     def __len__(self) -> int:
         return len(self.video)
@@ -112,19 +154,53 @@ def draw_batch(seed: int, step: int, videos: Population, spec: StreamSpec, batch
     """The global training batch of one step: a pure function of its arguments.
 
     Each slot: a class, uniform over the classes; a video of it, uniform; tau, uniform over the starts that fit; a crop
-    anywhere in the frame; mirrored with probability 1/2; colour weights. Simonyan & Zisserman 2014, sec. 5.
+    anywhere in the frame; mirrored with probability 1/2; colour weights. Simonyan & Zisserman 2014, sec. 5. With
+    several stacks a window that holds for every slot alone; slots of one window share the video and lie near in time.
+
+    Raises ValueError if seed or step is negative, or the batch does not divide into windows.
     """
+    k = spec.stacks_per_window
     if seed < 0 or step < 0:
         raise ValueError(f"seed={seed}, step={step}: both count from 0.")
-    generator = np.random.Generator(np.random.Philox(key=[seed, step], counter=[0, 0, 0, _STREAM_COUNTER[spec.stream]]))
+    if batch_size % k:
+        raise ValueError(f"A batch of {batch_size} does not divide into windows of {k} stacks; take a multiple of {k}.")
+    if k == 1:
+        return _draw_born(seed, step, videos, spec, batch_size)
+    birth = np.stack([_births(seed, step, j, batch_size // k) for j in range(k)], axis=1).reshape(-1)  # slot q * k + j
+    steps, group = np.unique(birth, return_inverse=True)
+    born = [_draw_born(seed, int(b), videos, spec, batch_size) for b in steps]
+    slots = group * batch_size + np.arange(batch_size)
+    return Draw(**{f.name: np.concatenate([getattr(draw, f.name) for draw in born])[slots] for f in fields(Draw)})
 
-    def below(bounds: Ints | int) -> Ints:
-        """Uniform integers in [0, bound), one a slot."""
-        return (generator.random(batch_size) * bounds).astype(np.int64)
 
-    label = below(len(videos.start) - 1)
-    chosen = videos.start[label] + below(videos.start[label + 1] - videos.start[label])
-    tau = below(videos.num_frames[chosen] - spec.frames_needed + 1)
+def _births(seed: int, step: int, use: int, num_windows: int) -> Ints:
+    """Birth of the window that each q < num_windows uses for the `use`-th time, from 0, in a step: (num_windows,)."""
+    block, position = divmod(step, SPREAD)
+    if use == 0:
+        return np.full(num_windows, step)
+    generator = np.random.Generator(np.random.Philox(key=[seed, block], counter=[0, use, 0, _ORDER_COUNTER]))
+    order = generator.permuted(np.tile(np.arange(SPREAD), (num_windows, 1)), axis=1)
+    return (block - use) * SPREAD + order[:, position]
+
+
+def _draw_born(seed: int, birth: int, videos: Population, spec: StreamSpec, batch_size: int) -> Draw:
+    """All stacks of the windows born in a step: row q * k + j is stack j of window q."""
+    k, num_windows = spec.stacks_per_window, batch_size // spec.stacks_per_window
+    key = np.array([seed, birth % 2**64], np.uint64)  # births before step 0 are negative
+    generator = np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, _STREAM_COUNTER[spec.stream]]))
+
+    def below(bounds: Ints | int, size: int = batch_size) -> Ints:
+        """Uniform integers in [0, bound)."""
+        return (generator.random(size) * bounds).astype(np.int64)
+
+    label = below(len(videos.start) - 1, num_windows)
+    chosen = videos.start[label] + below(videos.start[label + 1] - videos.start[label], num_windows)
+    num_starts = videos.num_frames[chosen] - spec.frames_needed + 1
+    tau = below(num_starts, num_windows)
+    first = tau
+    if k > 1:
+        tau, first = _spread_taus(tau, num_starts, k, generator)
+        chosen = np.repeat(chosen, k)
     y0 = below(videos.height[chosen] - spec.crop_px + 1)
     x0 = below(videos.width[chosen] - spec.crop_px + 1)
     mirror = below(2).astype(bool) & spec.random_mirror
@@ -136,7 +212,28 @@ def draw_batch(seed: int, step: int, videos: Population, spec: StreamSpec, batch
         mirror=mirror,
         alpha=alpha * (spec.stream == "spatial" and spec.color_jitter),
         valid=np.ones(batch_size, bool),
+        window=np.stack([np.full(batch_size, birth), np.arange(batch_size) // k], axis=1),
+        first=first,
     )
+
+
+def _spread_taus(tau: Ints, num_starts: Ints, k: int, generator: np.random.Generator) -> tuple[Ints, Ints]:
+    """The k taus of each window and its first one, both (num_windows * k,), around a uniform tau (num_windows,).
+
+        num_starts = 9, k = 4      starts   0 1 2 3 4 5 6 7 8
+                                   tau=4        2 3 4 5          one of the 4 windows that hold it
+                                   tau=8                  7 8    one of them, cut off: 7 and 8 come twice
+
+    A window that reaches beyond the first or last start is cut off there, and its taus repeat. That leaves each stack's
+    tau exactly uniform: a cut window is drawn as much less often as its taus repeat more often.
+    """
+    begin = tau - (generator.random(len(tau)) * k).astype(np.int64)
+    first, end = np.maximum(begin, 0), np.minimum(begin + k, num_starts)
+    order = generator.permuted(np.tile(np.arange(k), (len(tau), 1)), axis=1)
+    width = end - first
+    shift = (generator.random(len(tau)) * width).astype(np.int64)  # or the early taus would repeat more often
+    offset = (order + shift[:, None]) % width[:, None]
+    return (first[:, None] + offset).reshape(-1), np.repeat(first, k)
 
 
 def rank_draws(
@@ -144,12 +241,13 @@ def rank_draws(
 ) -> Iterator[Draw]:
     """One rank's slices of the global batches from start_step on, without end.
 
-    Raises ValueError at once if batch_size does not divide by world_size.
+    Raises ValueError at once if batch_size does not divide by world_size and into whole windows.
     """
-    if batch_size < 1 or batch_size % world_size:
+    k = spec.stacks_per_window
+    if batch_size < 1 or batch_size % (world_size * k):
         raise ValueError(
-            f"A global batch of {batch_size} cannot be shared evenly by {world_size} processes. "
-            f"Take a multiple of {world_size}."
+            f"A global batch of {batch_size} cannot be shared evenly by {world_size} processes"
+            f"{f', in windows of {k} stacks' if k > 1 else ''}. Take a multiple of {world_size * k}."
         )
     return (draw_batch(seed, step, videos, spec, batch_size).slots(rank, world_size) for step in count(start_step))
 
@@ -181,14 +279,8 @@ def enumerate_views(
         pair = np.where(valid, pair, 0)
         video = np.asarray(rows, np.int64)[pair // num_taus]
         taus = {int(v): view_taus(int(index.num_frames[v]), spec.frames_needed, num_taus) for v in np.unique(video)}
-        yield Draw(
-            video=video,
-            tau=np.array([taus[int(v)][p] for v, p in zip(video, pair % num_taus, strict=True)]),
-            crop=np.zeros((batch_size, 2), np.int64),
-            mirror=np.zeros(batch_size, bool),
-            alpha=np.zeros((batch_size, 3), np.float32),
-            valid=valid,
-        )
+        tau = np.array([taus[int(v)][p] for v, p in zip(video, pair % num_taus, strict=True)])
+        yield Draw.of_stacks(video, tau, np.zeros((batch_size, 2), np.int64), np.zeros(batch_size, bool), valid=valid)
 
 
 def num_view_batches(num_pairs: int, batch_size: int, world_size: int) -> int:

@@ -1,4 +1,4 @@
-"""Which decoder works on this machine. GPU decoders may end the process, so they are tried in one of their own.
+"""Which decoder is the fastest that works on this machine. GPU decoders may end the process: first one of their own.
 
 `python -m loaders.probe DECODER REGION GPU` decodes large batches and exits with 0 if they agree with the CPU's.
 """
@@ -6,6 +6,8 @@
 import logging
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -24,15 +26,37 @@ _NUM_IMAGES = {"temporal": 640, "spatial": 320}
 _TIMEOUT_S = 120
 
 
-def default_graph(device: str, num_threads: int) -> Graph:
-    """Graph for a device. On a GPU: region decoding there, else of whole frames there, else on the CPU; what works."""
+def choose_graph(device: str, num_threads: int, decoder: str, measure: Callable[[Graph], float]) -> Graph:
+    """The graph for a device: on a GPU the fastest of those that work there.
+
+    decoder: "auto", or the only one to consider: "cpu", "mixed" or "shared". measure: samples/s of a graph.
+    Tried are the CPU's decoder, the GPU's of regions and of whole frames, and both at once, each with the part of the
+    images that its own rate promises. What was measured and chosen is logged.
+    Raises ValueError for a decoder that does not work here.
+    """
+    cpu = Graph(device, num_threads=num_threads)
     if device == "cpu":
-        return Graph(num_threads=num_threads)
-    for decoder, region in (("mixed", True), ("mixed", False), ("cpu", True)):
-        if decoder == "cpu" or works(decoder, region):
-            logger.info("GPU loader: decoder=%s, region=%s", decoder, region)
-            return Graph(device=device, decoder=decoder, region=region, num_threads=num_threads)
-    raise AssertionError("the CPU decoder is always taken")
+        return cpu if decoder == "auto" else replace(cpu, decoder=decoder)
+    if decoder == "cpu":
+        return cpu
+    mixed = [replace(cpu, decoder="mixed", region=region) for region in (True, False) if works("mixed", region)]
+    if decoder != "auto" and not mixed:
+        raise ValueError(f"data.decoder={decoder}: the GPU decoder does not work here, see the log. Take auto or cpu.")
+    rates = {graph: measure(graph) for graph in ([] if decoder == "mixed" else [cpu]) + mixed}
+    if mixed and decoder != "mixed":
+        fastest = max(mixed, key=lambda graph: rates[graph])
+        total = rates[cpu] + rates[fastest]
+        shared = replace(fastest, decoder="shared", mixed_share=rates[fastest] / total)
+        rates[shared] = measure(shared)
+    chosen = max(rates if decoder != "shared" else [shared], key=lambda graph: rates[graph])
+    for graph, rate in rates.items():
+        logger.info("decoder %s: %.0f samples/s%s", _named(graph), rate, ", chosen" if graph == chosen else "")
+    return chosen
+
+
+def _named(graph: Graph) -> str:
+    part = f", {100 * graph.mixed_share:.0f} % on the GPU" if graph.decoder == "shared" else ""
+    return f"{graph.decoder} ({'regions' if graph.region else 'whole frames'}{part})"
 
 
 @lru_cache
@@ -65,10 +89,11 @@ def codes(graph: Graph, stream: str) -> npt.NDArray[np.float32]:
         jpegs = [encode_component(wave.astype(np.float32), Codec()).jpeg for wave in waves]
     images = [np.frombuffer(jpegs[i % 16], np.uint8) for i in range(count)]
     starts = rng.integers(0, (33, 117), (count, 2)).astype(np.int32)
-    identity = np.zeros((count, channels), np.float32), np.ones((count, channels), np.float32)
-    inputs = images, starts, *identity, np.zeros(count, np.int32)
+    shape = count if stream == "temporal" else (count, channels)
+    inputs = images, starts, np.zeros(count, np.int32), np.ones(shape, np.float32), np.zeros(shape, np.float32)
     (output,) = train_pipeline(spec, graph, count // spec.num_images, lambda: inputs).run()
-    return np.asarray((output.as_cpu() if graph.device == "cuda" else output).as_tensor())
+    found = np.asarray((output.as_cpu() if graph.device == "cuda" else output).as_tensor())
+    return found.reshape(count, channels, *found.shape[1:3]) if stream == "temporal" else found
 
 
 def main() -> int:

@@ -13,7 +13,7 @@ from flow.fields import mirror_field, subtract_mean
 from loaders.batch import FLOW_SCALE, PCA_STD, PCA_VECTORS, RGB_MEAN, RGB_STD, Batch, StreamSpec
 from loaders.draw import VIEWS, Draw, Ints, enumerate_views, num_view_batches, population, rank_draws
 from loaders.index import Index
-from loaders.source import Encoded, Source
+from loaders.source import Source
 
 Array = npt.NDArray[np.float32]
 
@@ -51,7 +51,7 @@ class ReferenceLoader:
         side = self._source.spec.crop_px
         for draw in draws:
             samples = []
-            for i, sample in enumerate(self._samples(self._source.read(draw))):
+            for i, sample in enumerate(self._samples(draw)):
                 y0, x0 = draw.crop[i]
                 samples.append(self._input(sample[..., y0 : y0 + side, x0 : x0 + side], draw.mirror[i], draw.alpha[i]))
             yield self._batch(draw, samples)
@@ -59,7 +59,7 @@ class ReferenceLoader:
     def _test(self, draws: Iterator[Draw]) -> Iterator[Batch]:
         side = self._source.spec.crop_px
         for draw in draws:
-            samples = self._samples(self._source.read(draw))
+            samples = self._samples(draw)
             for y, x, mirrored in VIEWS:
                 windows = []
                 for sample in samples:
@@ -68,14 +68,14 @@ class ReferenceLoader:
                     windows.append(self._input(window, mirrored, np.zeros(3, np.float32)))
                 yield self._batch(draw, windows)
 
-    def _samples(self, encoded: Encoded) -> list[Array]:
+    def _samples(self, draw: Draw) -> list[Array]:
         """Each sample's whole frame (3, H, W) in grey levels, or fields (L, 2, H, W) in px/frame less their means."""
         spec = self._source.spec
-        images = [image.tobytes() for image in encoded.images]
+        images = [image.tobytes() for image in self._source.read(draw.video, draw.tau, spec.steps).images]
         if spec.stream == "spatial":
             return [decode_rgb(image).transpose(2, 0, 1).astype(np.float32) for image in images]
         samples = []
-        for i, entries in enumerate(encoded.entries):  # (L, 2)
+        for i, entries in enumerate(self._source.entries(draw.video, draw.tau, spec.steps)):  # (L, 2)
             fields = []
             for t, (dx, dy) in enumerate(entries):
                 at = i * spec.num_images + 2 * t
@@ -103,9 +103,7 @@ class ReferenceLoader:
         return Batch(
             inputs=torch.from_numpy(np.stack(samples)).to(self._device),
             labels=torch.from_numpy(self._source.index.labels[draw.video]).to(self._device),
-            videos=draw.video,
-            tau=draw.tau,
-            valid=draw.valid,
+            draw=draw,
         )
 
     def close(self) -> None:

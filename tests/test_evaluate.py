@@ -50,7 +50,7 @@ def test_a_score_is_the_mean_softmax_over_the_views(packed, tmp_path):
     loader = loader_module(config).view_loader(index, rows, stream_spec(config, "temporal"), num_taus=3, batch_size=1)
     with loader, torch.inference_mode():
         for batch in loader:
-            expected[batch.videos[0]].append(net(batch.inputs).double().softmax(1)[0].numpy())
+            expected[batch.draw.video[0]].append(net(batch.inputs).double().softmax(1)[0].numpy())
     assert [len(expected[row]) for row in rows] == [30] * len(rows) == num_views.tolist()
     np.testing.assert_allclose(scores, [np.mean(expected[row], 0) for row in rows], atol=1e-6)
 

@@ -1,5 +1,7 @@
 """Loaders: the DALI graph against the reference, contracts of training and test batches, both streams."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -46,7 +48,7 @@ def test_training_batches_equal_the_reference(packed, spec, device):
     for a, b in zip(ours, plain, strict=True):
         assert a.inputs.shape == (24, spec.num_channels, spec.crop_px, spec.crop_px)
         assert a.inputs.dtype == torch.float32 and a.inputs.device.type == device
-        assert (a.videos == b.videos).all() and (a.tau == b.tau).all() and a.valid.all()
+        assert (a.draw.video == b.draw.video).all() and (a.draw.tau == b.draw.tau).all() and a.draw.valid.all()
         assert torch.equal(a.labels.cpu(), b.labels)
         tolerance = 2.01 if device == "cuda" else 1e-3
         assert np.abs(to_codes(a, spec, index) - to_codes(b, spec, index)).max() < tolerance
@@ -62,7 +64,11 @@ def test_test_views_equal_the_reference(packed, spec, device):
     with dali_loader.view_loader(index, rows, spec, device=device, **options) as loader:
         assert len(loader) == len(plain) == 10 * -(-len(rows) * 3 // 8)
         for a, b in zip(loader, plain, strict=True):
-            assert (a.videos == b.videos).all() and (a.tau == b.tau).all() and (a.valid == b.valid).all()
+            assert (
+                (a.draw.video == b.draw.video).all()
+                and (a.draw.tau == b.draw.tau).all()
+                and (a.draw.valid == b.draw.valid).all()
+            )
             tolerance = 2.01 if device == "cuda" else 1e-3
             assert np.abs(to_codes(a, spec, index) - to_codes(b, spec, index)).max() < tolerance
 
@@ -71,8 +77,10 @@ def test_test_views_equal_the_reference(packed, spec, device):
     "graph",
     [
         Graph(region=False),
+        Graph(decoder="shared", mixed_share=0.3),
         pytest.param(Graph("cuda"), marks=pytest.mark.gpu),
         pytest.param(Graph("cuda", "mixed", region=False), marks=pytest.mark.gpu),
+        pytest.param(Graph("cuda", "shared", region=False), marks=pytest.mark.gpu),
     ],
     ids=str,
 )
@@ -108,11 +116,11 @@ def test_inputs_are_the_packed_fields_in_pixels(packed, arrays):
     from loaders.draw import draw_batch, population
 
     draw = draw_batch(1, 0, population(index, index.split("split1_train"), spec), spec, 32)
-    for i, video_id in enumerate(index.video_ids(batch.videos)):
+    for i, video_id in enumerate(index.video_ids(batch.draw.video)):
         fields = arrays[video_id][1]
         subtracted = np.stack([oracle.subtract_mean(field) for field in fields])
         y0, x0 = draw.crop[i]
-        expected = oracle.stack_fields(subtracted, int(batch.tau[i]), 4)[:, y0 : y0 + 60, x0 : x0 + 60]
+        expected = oracle.stack_fields(subtracted, int(batch.draw.tau[i]), 4)[:, y0 : y0 + 60, x0 : x0 + 60]
         error = np.abs(batch.inputs[i].numpy() / FLOW_SCALE - expected)
         assert error.mean() < 0.05 and error.max() < 0.5, video_id
 
@@ -147,7 +155,7 @@ def test_short_videos_are_left_out_of_training_and_repeat_their_last_field_in_te
     (short,) = index.rows(["walk/short"])  # 4 frames, 3 fields
     loader = dali_loader.train_loader(index, rows, spec, seed=0, batch_size=64)
     assert loader.num_left_out == 1
-    assert short not in take(loader, 1)[0].videos
+    assert short not in take(loader, 1)[0].draw.video
     (batch, *_) = list(dali_loader.view_loader(index, np.array([short]), spec, num_taus=1, batch_size=1))
     stack = batch.inputs[0].reshape(5, 2, 60, 60)
     assert torch.equal(stack[2], stack[3]) and torch.equal(stack[2], stack[4])
@@ -168,7 +176,7 @@ def test_every_view_of_every_video_comes_exactly_once(packed, world_size):
             lengths.add(len(batches))
             assert len(batches) == len(loader)
         for view, batch in enumerate(batches):
-            for video, tau in zip(batch.videos[batch.valid], batch.tau[batch.valid], strict=True):
+            for video, tau in zip(batch.draw.video[batch.draw.valid], batch.draw.tau[batch.draw.valid], strict=True):
                 counts[video, tau, view % 10] = counts.get((video, tau, view % 10), 0) + 1
     assert len(lengths) == 1
     per_video = {video: sum(n for (v, _, _), n in counts.items() if v == video) for video in rows}
@@ -200,7 +208,7 @@ def test_a_fixed_range_and_a_still_field_survive(tmp_path):
         spec = StreamSpec(stream="temporal", L=5, crop_px=64, subtract_mean=False, random_mirror=False)
         loader = dali_loader.train_loader(index, index.split("split1_train"), spec, seed=0, batch_size=8)
         (batch,) = take(loader, 1)
-        for values, video_id in zip(batch.inputs.numpy() / FLOW_SCALE, index.video_ids(batch.videos), strict=True):
+        for values, video_id in zip(batch.inputs.numpy() / FLOW_SCALE, index.video_ids(batch.draw.video), strict=True):
             expected = still if video_id == "a/still" else moving
             tolerance = 20 / 255 + 1e-4 if name == "fixed" else 2e-3
             assert np.abs(values.reshape(5, 2, 64, 64) - expected).max() <= tolerance
@@ -223,3 +231,22 @@ def test_a_crop_larger_than_a_video_is_refused(packed):
         dali_loader.train_loader(
             index, index.split("split1_train"), StreamSpec(stream="temporal", L=200, crop_px=60), seed=0, batch_size=4
         )
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_memory_stays_what_it_was(packed, k):
+    """After many batches the process holds what it held after some, within a few batches of 1.5 MB."""
+    index = open_index(packed)
+    spec = StreamSpec(stream="temporal", L=4, crop_px=56, stacks_per_window=k)
+
+    def resident_bytes():
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    with dali_loader.train_loader(index, index.split("split1_train"), spec, seed=0, batch_size=16) as loader:
+        for _ in range(200):
+            next(loader)
+        before = resident_bytes()
+        for _ in range(600):
+            next(loader)
+        assert resident_bytes() < before + 8e6

@@ -36,14 +36,7 @@ def pack_both(folder, videos):
 def train_batch(index, spec, tau, crop, mirror):
     """Samples of every video of the set at the given draws, through the training graph, in px/frame."""
     n = index.num_videos
-    draw = Draw(
-        video=np.arange(n),
-        tau=np.full(n, tau),
-        crop=np.asarray(crop),
-        mirror=np.full(n, mirror),
-        alpha=np.zeros((n, 3), np.float32),
-        valid=np.ones(n, bool),
-    )
+    draw = Draw.of_stacks(np.arange(n), np.full(n, tau), np.asarray(crop), np.full(n, mirror))
     with DaliLoader(Source(index, spec), iter([draw]), Graph(), n) as loader:
         return next(loader).inputs.numpy() / FLOW_SCALE
 

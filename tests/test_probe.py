@@ -12,24 +12,55 @@ from loaders import probe
 from loaders.pipeline import Graph
 
 
+def rates(**by_name):
+    """A measurement that gives a graph the rate of its decoder; whole frames on the GPU a tenth more."""
+
+    def measure(graph):
+        return by_name[graph.decoder] * (1.0 if graph.region or graph.decoder == "cpu" else 1.1)
+
+    return measure
+
+
 @pytest.mark.parametrize(
-    "usable, expected",
+    "usable, measured, expected",
     [
-        ({("mixed", True), ("mixed", False)}, ("mixed", True)),
-        ({("mixed", False)}, ("mixed", False)),
-        (set(), ("cpu", True)),
+        ({True, False}, dict(cpu=10, mixed=20, shared=15), ("mixed", False)),
+        ({True}, dict(cpu=10, mixed=20, shared=15), ("mixed", True)),
+        ({True, False}, dict(cpu=30, mixed=20, shared=15), ("cpu", True)),
+        ({True, False}, dict(cpu=10, mixed=20, shared=25), ("shared", False)),
+        (set(), dict(cpu=10), ("cpu", True)),
     ],
 )
-def test_the_first_usable_decoder_is_taken(monkeypatch, usable, expected):
-    monkeypatch.setattr(probe, "works", lambda decoder, region: (decoder, region) in usable)
-    graph = probe.default_graph("cuda", 3)
+def test_the_fastest_usable_decoder_is_taken(monkeypatch, caplog, usable, measured, expected):
+    monkeypatch.setattr(probe, "works", lambda decoder, region: region in usable)
+    with caplog.at_level(logging.INFO):
+        graph = probe.choose_graph("cuda", 3, "auto", rates(**measured))
     assert (graph.decoder, graph.region) == expected
     assert graph.device == "cuda" and graph.num_threads == 3
+    chosen = [line for line in caplog.messages if "chosen" in line]
+    assert len(chosen) == 1 and chosen[0].startswith(f"decoder {graph.decoder} (")
+    assert len(caplog.messages) == 1 + len(usable) + bool(usable)  # CPU, each GPU graph, both at once
+
+
+def test_both_decoders_get_what_their_rates_promise(monkeypatch):
+    monkeypatch.setattr(probe, "works", lambda decoder, region: region)
+    graph = probe.choose_graph("cuda", 3, "shared", rates(cpu=10, mixed=30, shared=1))
+    assert graph.decoder == "shared" and graph.mixed_share == 0.75
+
+
+def test_a_named_decoder_is_taken_or_refused(monkeypatch):
+    monkeypatch.setattr(probe, "works", lambda decoder, region: not region)
+    assert probe.choose_graph("cuda", 3, "cpu", None) == Graph("cuda", num_threads=3)
+    graph = probe.choose_graph("cuda", 3, "mixed", rates(cpu=99, mixed=1))
+    assert (graph.decoder, graph.region) == ("mixed", False)
+    monkeypatch.setattr(probe, "works", lambda *_: False)
+    with pytest.raises(ValueError, match="data.decoder=mixed: the GPU decoder does not work here"):
+        probe.choose_graph("cuda", 3, "mixed", rates(cpu=99))
 
 
 def test_the_cpu_needs_no_probe(monkeypatch):
     monkeypatch.setattr(probe, "works", lambda *_: pytest.fail("probed"))
-    assert probe.default_graph("cpu", 2) == Graph(num_threads=2)
+    assert probe.choose_graph("cpu", 2, "auto", None) == Graph(num_threads=2)
 
 
 def test_a_decoder_that_ends_its_process_or_hangs_is_unusable(monkeypatch, caplog):
@@ -61,7 +92,8 @@ def test_whole_frames_decoded_for_the_gpu_agree_with_the_cpu(decoder, stream):
 @pytest.mark.parametrize("stream", ["temporal", "spatial"])
 def test_the_chosen_graph_agrees_with_the_cpu(stream):
     """Regions too, where the GPU decoder can; where it cannot, the graph that is taken instead."""
-    found = probe.codes(probe.default_graph("cuda", 4), stream)
+    graph = probe.choose_graph("cuda", 4, "auto", lambda graph: {"cpu": 1, "mixed": 2, "shared": 3}[graph.decoder])
+    found = probe.codes(graph, stream)
     assert np.abs(found - probe.codes(Graph(), stream)).max() <= probe.TOLERANCE
 
 
@@ -77,3 +109,5 @@ def test_contradicting_devices_are_refused():
         Graph("cpu", "mixed")
     with pytest.raises(ValueError, match="is 'cpu' or 'cuda'"):
         Graph("tpu")
+    with pytest.raises(ValueError, match="mixed_share=1.5 is a part of the images"):
+        Graph("cuda", "shared", mixed_share=1.5)

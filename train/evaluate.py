@@ -106,8 +106,8 @@ def score_videos(
         for batch in tqdm(loader, desc=f"{stream} views", disable=None if world.is_main else True):
             probabilities = compute_logits(net, batch.inputs, None, config).softmax(1)
             # Padding has a slot too, any will do, and weight 0.
-            slots = torch.from_numpy(slot_of_row[batch.videos]).to(world.device)
-            valid = torch.from_numpy(batch.valid).to(world.device)
+            slots = torch.from_numpy(slot_of_row[batch.draw.video]).to(world.device)
+            valid = torch.from_numpy(batch.draw.valid).to(world.device)
             sums.index_add_(0, slots, probabilities.double() * valid[:, None])
             counts.index_add_(0, slots, valid.long())
     world.sum(sums)

@@ -1,0 +1,52 @@
+"""Opened sets: ids and rows."""
+
+import numpy as np
+import pytest
+
+from loaders import index as index_module
+from loaders.index import open_index
+from tests.conftest import VIDEOS
+
+
+@pytest.fixture
+def index(packed):
+    return open_index(packed)
+
+
+def test_rows_and_ids_are_inverse_in_any_order_and_with_repeats(index):
+    ids = sorted(VIDEOS)
+    chosen = [ids[i] for i in np.random.default_rng(0).integers(0, len(ids), 40)]
+    rows = index.rows(chosen)
+    assert index.video_ids(rows) == chosen
+    assert [int(n) for n in index.num_frames[rows]] == [VIDEOS[video_id][0] for video_id in chosen]
+    assert index.rows([]).tolist() == []
+
+
+@pytest.mark.parametrize("missing", ["run/lon", "run/longer", "walk/tall ", "", "rün/long"])
+def test_a_video_that_is_not_there_is_named(index, missing):
+    with pytest.raises(ValueError, match=f"holds no video '{missing}'. Check the split file"):
+        index.rows(["run/long", missing])
+
+
+def test_ids_of_one_hash_are_told_apart(index, monkeypatch):
+    monkeypatch.setattr(index_module._Names, "hashes", lambda self: np.zeros(len(self.at), np.uint64))
+    ids = list(VIDEOS)
+    assert index.video_ids(index.rows(ids)) == ids
+    with pytest.raises(ValueError, match="holds no video 'other'"):
+        index.rows(["other"])
+
+
+def test_names_are_compared_byte_by_byte_over_many_chunks(monkeypatch):
+    """Against Python's own comparison, with chunks of 7 names."""
+    monkeypatch.setattr(index_module, "_CHUNK", 7)
+    rng = np.random.default_rng(1)
+    words = ["".join(rng.choice(list("ab"), rng.integers(1, 6))) for _ in range(100)]
+    text = np.frombuffer("".join(words).encode(), np.uint8)
+    size = np.array([len(word) for word in words])
+    names = index_module._Names(text, np.cumsum(size) - size, size)
+    rows = rng.integers(0, 100, 100)
+    same = names.equal(rows, names)
+    assert same.tolist() == [words[row] == words[i] for i, row in enumerate(rows)]
+    assert 0 < same.sum() < 100
+    hashes = names.hashes()
+    assert len(set(hashes.tolist())) == len(set(words))
