@@ -8,8 +8,6 @@ import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import chain
 from types import TracebackType
 from typing import Any, Self
@@ -23,51 +21,9 @@ from loaders.draw import VIEWS, Draw, Ints, enumerate_views, num_view_batches, p
 from loaders.index import Index
 from loaders.pipeline import Graph
 from loaders.probe import choose_graph
-from loaders.source import Encoded, Source
-from loaders.windows import NewWindows, WindowPool, cut_stacks, plan_windows
-
-#: Batches that are read and checked ahead of the graph's own queue, and threads that do it: one is enough for 2 cores.
-_READ_AHEAD = 4
-_READERS = 2
-
-
-@dataclass(frozen=True)
-class _Request:
-    """A batch to make: its draw, the runs (video, first) of `steps` time steps to decode, and new windows if any."""
-
-    draw: Draw
-    video: Ints
-    first: Ints
-    steps: int
-    new: NewWindows | None = None
-
-
-class _Reader:
-    """Requests with their bytes, in order, read ahead by threads. What is taken stays valid until it is released."""
-
-    def __init__(self, source: Source, requests: Iterator[_Request]):
-        self.source = source
-        self._requests = requests
-        self._threads = ThreadPoolExecutor(_READERS, thread_name_prefix="loader-read")
-        self._ahead: deque[tuple[_Request, Future[Encoded]]] = deque()
-
-    def take(self) -> tuple[_Request, Encoded]:
-        """The next request and its bytes. Raises StopIteration at the end, ShardError for a damaged member."""
-        while len(self._ahead) <= _READ_AHEAD and (request := next(self._requests, None)) is not None:
-            read = self._threads.submit(self.source.read, request.video, request.first, request.steps)
-            self._ahead.append((request, read))
-        if not self._ahead:
-            raise StopIteration
-        request, read = self._ahead.popleft()
-        return request, read.result()
-
-    def close(self) -> None:
-        self._requests = iter(())
-        for _, read in self._ahead:
-            read.cancel()
-        self._threads.shutdown(wait=True)
-        self._ahead.clear()
-        self.source.close()
+from loaders.reader import Reader, Request, requests
+from loaders.source import Source
+from loaders.windows import WindowPool, cut_stacks, to_inputs
 
 
 class _Graph:
@@ -100,6 +56,42 @@ class _Graph:
         self._inside.clear()
 
 
+class _InUse:
+    """Keeps a graph's outputs until the GPU has read them.
+
+    torch reads them on its own stream, and the host, which runs ahead, drops them before that has happened; the graph
+    would fill their memory with a later batch. On the CPU there is nothing to wait for.
+    """
+
+    #: Outputs that may be kept at a time; for more the host waits.
+    LIMIT = 4
+
+    def __init__(self, device: str):
+        self._on_gpu = device == "cuda"
+        self._delivered: Any = None
+        self._kept: deque[tuple[Any, Any]] = deque()
+
+    def deliver(self, batch: Batch) -> Batch:
+        """Hand out a batch, to be kept from the next call of `keep_delivered` on."""
+        self._delivered = batch if self._on_gpu else None
+        return batch
+
+    def keep_delivered(self) -> None:
+        """To be called when the batch's reader has queued all that it does with it."""
+        self.keep(self._delivered)
+        self._delivered = None
+
+    def keep(self, outputs: Any) -> None:
+        """Keep outputs until what has been queued so far, which may read them, is done."""
+        if not self._on_gpu or outputs is None:
+            return
+        done = torch.cuda.Event()
+        done.record()
+        self._kept.append((done, outputs))
+        while self._kept and (len(self._kept) > self.LIMIT or self._kept[0][0].query()):
+            self._kept.popleft()[0].synchronize()
+
+
 class DaliLoader:
     """Iterates over Batch objects; see `train_loader` and `view_loader`. Close it, or use it as a context manager.
 
@@ -122,19 +114,26 @@ class DaliLoader:
         self._graph = graph
         self._num_batches = num_batches
         self.num_left_out = num_left_out
-        self._reader = _Reader(source, _requests(draws, self._spec, start_step, views=num_batches is not None))
+        self._reader = Reader(source, requests(draws, self._spec, start_step, views=num_batches is not None))
         self._batches: deque[Batch] = deque()
-        self._stacker: _Graph | None = None
+        self._in_use = _InUse(graph.device)
         self._pool = WindowPool(self._spec)
-        if self._spec.stacks_per_window == 1 or num_batches is not None:
-            self._inputs = graphs.train_inputs if num_batches is None else graphs.view_inputs
-            make: Callable[..., Any] = graphs.train_pipeline if num_batches is None else graphs.view_pipeline
-            self._decoder = _Graph(make, self._feed, self._spec, graph, batch_size)
+        self._codes: list[torch.Tensor] = []  # buffers of crops that are free
+        if num_batches is not None:
+            self._inputs = graphs.view_inputs
+            self._decoder = _Graph(graphs.view_pipeline, self._feed, self._spec, graph, batch_size)
+            self._make = self._make_directly
+        elif self._spec.stacks_per_window == 1:
+            self._inputs = graphs.train_inputs
+            self._decoder = _Graph(graphs.train_pipeline, self._feed, self._spec, graph, batch_size)
+            self._make = self._make_directly
         else:
             max_images = batch_size * self._spec.window_steps * len(self._spec.kinds)
             self._decoder = _Graph(graphs.decode_pipeline, self._feed_windows, self._spec, graph, max_images)
+            self._make = self._make_from_windows
             if graph.device == "cpu":
                 self._stacker = _Graph(graphs.stack_pipeline, self._feed_stacks, self._spec, graph, batch_size)
+                self._make = self._make_by_stacker
 
     def __len__(self) -> int:
         """Batches of a test loader, ten for each batch of (video, tau) pairs."""
@@ -147,20 +146,29 @@ class DaliLoader:
 
     def __next__(self) -> Batch:
         """The next batch. Raises ShardError if a member is damaged; the loader is of no further use then."""
+        self._in_use.keep_delivered()
         while not self._batches:
-            if self._stacker:
-                (output,), draw = self._stacker.run()
-                self._batches.append(self._batch(draw, _as_torch(output)))
-                continue
-            outputs, request = self._decode()
-            if request.new is None:
-                self._batches.extend(self._batch(request.draw, _as_torch(output)) for output in outputs)
-            else:
-                stacks, draw = self._update_pool(outputs, request)
-                self._batches.append(self._batch(draw, cut_stacks(stacks, draw, self._entries(draw), self._spec)))
-        return self._batches.popleft()
+            self._batches.extend(self._make())
+        return self._in_use.deliver(self._batches.popleft())
 
-    def _decode(self) -> tuple[Any, _Request]:
+    def _make_directly(self) -> list[Batch]:
+        """A training batch, or the ten views of a test batch."""
+        outputs, request = self._decode()
+        return [self._batch(request.draw, _as_torch(output)) for output in outputs]
+
+    def _make_by_stacker(self) -> list[Batch]:
+        (output,), (draw, codes) = self._stacker.run()
+        self._codes.append(codes)
+        return [self._batch(draw, _as_torch(output))]
+
+    def _make_from_windows(self) -> list[Batch]:
+        outputs, request = self._decode()
+        codes = self._cut(outputs, request)
+        images = to_inputs(codes, request.draw, self._entries(request.draw), self._spec)
+        self._codes.append(codes)  # the device will write to it after it has read it
+        return [self._batch(request.draw, images)]
+
+    def _decode(self) -> tuple[Any, Request]:
         """Outputs of the first graph, and the request they answer."""
         try:
             outputs, (request, encoded) = self._decoder.run()
@@ -180,17 +188,19 @@ class DaliLoader:
 
     def _feed_stacks(self) -> tuple[tuple[Any, ...], Any]:
         outputs, request = self._decode()
-        stacks, draw = self._update_pool(outputs, request)
-        frames = [frame for stack in stacks for frame in stack.numpy()]
-        return graphs.stack_inputs(frames, draw, self._entries(draw), self._spec), draw
+        codes, draw = self._cut(outputs, request), request.draw
+        return graphs.stack_inputs(codes.flatten(0, 1).numpy(), draw, self._entries(draw), self._spec), (draw, codes)
 
-    def _update_pool(self, outputs: Any, request: _Request) -> tuple[list[torch.Tensor], Draw]:
-        """What the request's samples are cut from, with its new windows in the pool and those done with out of it."""
+    def _cut(self, outputs: Any, request: Request) -> torch.Tensor:
+        """The crops (n, 2L, crop, crop, 1) uint8 of the request's samples, by way of the pool."""
         assert request.new is not None
         self._pool.add(request.new, outputs[0])
-        stacks = self._pool.stacks(request.draw)
+        self._in_use.keep(outputs)
+        shape = len(request.draw), self._spec.num_images, self._spec.crop_px, self._spec.crop_px, 1
+        codes = self._codes.pop() if self._codes else torch.empty(shape, dtype=torch.uint8, device=self._graph.device)
+        cut_stacks(self._pool.stacks(request.draw), request.draw, codes)
         self._pool.drop_used(request.new.step)
-        return stacks, request.draw
+        return codes
 
     def _entries(self, draw: Draw) -> Any:
         return self._source.entries(draw.video, draw.tau, self._spec.steps)
@@ -217,9 +227,9 @@ class DaliLoader:
     def close(self) -> None:
         """Stop the reader and free the graphs' buffers. Batches already delivered stay valid."""
         self._reader.close()
-        if self._stacker:
-            self._stacker.close()
         self._decoder.close()
+        if self._make == self._make_by_stacker:
+            self._stacker.close()
 
     def __enter__(self) -> Self:
         return self
@@ -228,16 +238,6 @@ class DaliLoader:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _requests(draws: Iterator[Draw], spec: StreamSpec, start_step: int, views: bool) -> Iterator[_Request]:
-    """What to read for each batch: the samples themselves, or the windows that they share."""
-    if views or spec.stacks_per_window == 1:
-        for draw in draws:
-            yield _Request(draw, draw.video, draw.tau, spec.steps)
-    else:
-        for draw, new in plan_windows(draws, start_step, spec):
-            yield _Request(draw, new.video, new.first, spec.window_steps, new)
 
 
 def _choose_graph(

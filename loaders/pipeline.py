@@ -3,7 +3,7 @@
     train   jpeg ─ decode the crop only ─ flip ─ affine ──────────────── float32
     test    jpeg ─ decode the frame ─┬─ 5 windows, plain and mirrored ── 10 x float32
     decode  jpeg ─ decode the frame ─┴───────────────────────────────── uint8, for the pool of windows
-    stack   frame, uint8 ─ crop ─ flip ─ affine ─────────────────────── float32, from that pool
+    stack   crop, uint8 ─ flip ─ affine ─────────────────────────────── float32, from that pool
 
 A textbook graph has a decoder branch for each of the 2L channels and a concatenation; here the channels are samples of
 the batch, and the output, (n * num_images, ...) in one piece, is *viewed* as (n, num_images * c, h, w).
@@ -58,27 +58,23 @@ class Graph:
 
 
 def train_inputs(encoded: Encoded, draw: Draw, entries: Any, spec: StreamSpec, graph: Graph) -> tuple[Any, ...]:
-    """What the training graph is fed: `decode_inputs`, and crop and affine map as in `stack_inputs`."""
-    return *decode_inputs(encoded, graph), *_crop_inputs(draw, entries, spec)
+    """What the training graph is fed: `decode_inputs`; window starts (m, 2) int32; and as `stack_inputs`."""
+    start = np.repeat(draw.crop.astype(np.int32), spec.num_images, axis=0)
+    return *decode_inputs(encoded, graph), start, *_affine_inputs(draw, entries, spec)
 
 
-def stack_inputs(frames: list[Any], draw: Draw, entries: Any, spec: StreamSpec) -> tuple[Any, ...]:
-    """What the stack graph is fed: frames, m times (H, W, 1) uint8; window starts (m, 2) int32; mirror (m,) int32; and
-    factor and offset of the affine map, (m,) float32 for components and (m, 3) for RGB."""
-    return frames, *_crop_inputs(draw, entries, spec)
+def stack_inputs(codes: Any, draw: Draw, entries: Any, spec: StreamSpec) -> tuple[Any, ...]:
+    """What the stack graph is fed: codes (m, crop, crop, 1) uint8, m = n * num_images; mirror (m,) int32; and factor
+    and offset of the affine map, (m,) float32 for components and (m, 3) for RGB."""
+    return codes, *_affine_inputs(draw, entries, spec)
 
 
-def _crop_inputs(draw: Draw, entries: Any, spec: StreamSpec) -> tuple[Any, ...]:
+def _affine_inputs(draw: Draw, entries: Any, spec: StreamSpec) -> tuple[Any, ...]:
     shift, width = image_affine(entries, draw.mirror, draw.alpha, spec)
     factor, offset = (1 / width).astype(np.float32), (-shift / width).astype(np.float32)
     if spec.stream == "temporal":
         factor, offset = factor[:, 0], offset[:, 0]
-    return (
-        np.repeat(draw.crop.astype(np.int32), spec.num_images, axis=0),
-        np.repeat(draw.mirror.astype(np.int32), spec.num_images),
-        factor,
-        offset,
-    )
+    return np.repeat(draw.mirror.astype(np.int32), spec.num_images), factor, offset
 
 
 def decode_inputs(encoded: Encoded, graph: Graph) -> tuple[Any, ...]:
@@ -96,20 +92,14 @@ def view_inputs(encoded: Encoded, draw: Draw, entries: Any, spec: StreamSpec, gr
     return *decode_inputs(encoded, graph), *(v.astype(np.float32) for v in (shift, width, mirrored_width))
 
 
-_CROP_TYPES = [types.INT32, types.INT32, types.FLOAT, types.FLOAT]
+def _jpeg_types(graph: Graph) -> list[tuple[Any, int]]:
+    """Element type and number of dimensions of what `decode_inputs` gives for an image."""
+    return [(types.UINT8, 1), (types.BOOL, 0)][: 2 if graph.decoder == "shared" else 1]
 
 
-def _jpeg_types(graph: Graph) -> list[Any]:
-    return [types.UINT8, types.BOOL][: 2 if graph.decoder == "shared" else 1]
-
-
-def _jpeg_ndim(graph: Graph) -> list[int]:
-    return [1, 0][: 2 if graph.decoder == "shared" else 1]
-
-
-def _crop_ndim(spec: StreamSpec) -> list[int]:
-    channels = int(spec.stream == "spatial")
-    return [1, 0, channels, channels]
+def _affine_types(spec: StreamSpec) -> list[tuple[Any, int]]:
+    dimensions = int(spec.stream == "spatial")
+    return [(types.INT32, 0), (types.FLOAT, dimensions), (types.FLOAT, dimensions)]
 
 
 def train_pipeline(spec: StreamSpec, graph: Graph, batch_size: int, feed: Feed) -> Pipeline:
@@ -122,7 +112,7 @@ def train_pipeline(spec: StreamSpec, graph: Graph, batch_size: int, feed: Feed) 
     @pipeline_def(**_options(graph, batch_size * spec.num_images))
     def build() -> Any:
         *jpeg, start, mirror, factor, offset = _external(
-            feed, [*_jpeg_types(graph), *_CROP_TYPES], [*_jpeg_ndim(graph), *_crop_ndim(spec)]
+            feed, [*_jpeg_types(graph), (types.INT32, 1), *_affine_types(spec)]
         )
         window = {"start": start, "shape": [spec.crop_px, spec.crop_px], "axes": [0, 1]}
         if graph.region:
@@ -142,25 +132,24 @@ def decode_pipeline(spec: StreamSpec, graph: Graph, max_images: int, feed: Feed)
 
     @pipeline_def(**_options(graph, max_images))
     def build() -> Any:
-        jpeg = _external(feed, _jpeg_types(graph), _jpeg_ndim(graph))
+        jpeg = _external(feed, _jpeg_types(graph))
         return _decode(fn.decoders.image, jpeg, spec, graph)
 
     return _built(build())
 
 
 def stack_pipeline(spec: StreamSpec, graph: Graph, batch_size: int, feed: Feed) -> Pipeline:
-    """Graph from decoded frames to training batches, on the CPU; the output is that of `train_pipeline`.
+    """Graph from crops to training batches, on the CPU; the output is that of `train_pipeline`.
 
     feed gives the next `stack_inputs`, or raises StopIteration.
     """
 
     @pipeline_def(**_options(Graph(num_threads=graph.num_threads), batch_size * spec.num_images))
     def build() -> Any:
-        frame, start, mirror, factor, offset = _external(
-            feed, [types.UINT8, *_CROP_TYPES], [3, *_crop_ndim(spec)], layout=["HWC", "", "", "", ""]
+        codes, mirror, factor, offset = _external(
+            feed, [(types.UINT8, 3), *_affine_types(spec)], layout=["HWC", "", "", ""]
         )
-        image = fn.slice(frame, start=start, shape=[spec.crop_px, spec.crop_px], axes=[0, 1])
-        return _affine(image, mirror, factor, offset, spec)
+        return _affine(codes, mirror, factor, offset, spec)
 
     return _built(build())
 
@@ -173,9 +162,7 @@ def view_pipeline(spec: StreamSpec, graph: Graph, batch_size: int, feed: Feed) -
 
     @pipeline_def(**_options(graph, batch_size * spec.num_images))
     def build() -> Any:
-        *jpeg, mean, std, mirrored_std = _external(
-            feed, [*_jpeg_types(graph), *[types.FLOAT] * 3], [*_jpeg_ndim(graph), 1, 1, 1]
-        )
+        *jpeg, mean, std, mirrored_std = _external(feed, [*_jpeg_types(graph), *[(types.FLOAT, 1)] * 3])
         image = _decode(fn.decoders.image, jpeg, spec, graph)
         return tuple(
             fn.crop_mirror_normalize(
@@ -207,14 +194,14 @@ def _options(graph: Graph, batch_size: int) -> dict[str, Any]:
         "num_threads": graph.num_threads,
         "device_id": device_id,
         "prefetch_queue_depth": QUEUE_DEPTH,
-        "enable_conditionals": True,
+        "enable_conditionals": graph.decoder == "shared",
     }
 
 
-def _external(feed: Feed, dtype: list[Any], ndim: list[int], **arguments: Any) -> Any:
+def _external(feed: Feed, inputs: list[tuple[Any, int]], **arguments: Any) -> Any:
     """Inputs from Python, not copied: what feed returns has to live until the batch is out."""
-    options = {"dtype": dtype, "ndim": ndim, "no_copy": True, **arguments}
-    return fn.external_source(source=feed, num_outputs=len(dtype), **options)
+    arguments |= {"dtype": [dtype for dtype, _ in inputs], "ndim": [ndim for _, ndim in inputs]}
+    return fn.external_source(source=feed, num_outputs=len(inputs), no_copy=True, **arguments)
 
 
 def _built(pipeline: Pipeline) -> Pipeline:

@@ -1,7 +1,7 @@
 """Decode once, stack many: the pool of decoded windows that stacks are cut from, on the device.
 
 A window is decoded whole when its first stack is due, and kept until its last one was; `loaders.draw` decides when. For
-n samples a step the pool holds up to n / k * (k + 1) * SPREAD windows of 2 (L + k - 1) H W bytes: 3.8 GB for n = 256,
+n samples a step the pool holds up to n / k * (k + 1) * SPREAD windows of 2 (L + k - 1) H W bytes: 3.4 GB for n = 256,
 k = 8, L = 10 and frames of 256x341 px.
 """
 
@@ -53,11 +53,16 @@ def plan_windows(draws: Iterator[Draw], start_step: int, spec: StreamSpec) -> It
 
 
 class WindowPool:
-    """Decoded windows by key: (window_steps * 2, H, W, 1) uint8 tensors on the device."""
+    """Decoded windows by key: (window_steps * 2, H, W, 1) uint8 tensors on the device.
+
+    Windows are copied out of the graph's outputs: a whole output would live as long as its last window does, with all
+    the memory that the largest batch so far has needed. The windows' memory is used again and again.
+    """
 
     def __init__(self, spec: StreamSpec):
         self._spec = spec
         self._windows: dict[Key, torch.Tensor] = {}
+        self._free: dict[torch.Size, list[torch.Tensor]] = {}
 
     def __len__(self) -> int:
         return len(self._windows)
@@ -65,14 +70,15 @@ class WindowPool:
     def add(self, new: NewWindows, frames: Any) -> None:
         """Take in a graph's output: a DALI tensor list with the frames of the windows, one window after the other."""
         size = self._spec.window_steps * len(self._spec.kinds)
-        if frames.is_dense_tensor():
-            windows = torch.from_dlpack(frames.as_tensor()).unflatten(0, (len(new.keys), size)).unbind()
-        else:  # of several sizes, so that they do not lie in one piece
-            windows = tuple(
-                torch.stack([torch.from_dlpack(frames[i * size + j]) for j in range(size)])
-                for i in range(len(new.keys))
-            )
-        self._windows.update(zip(new.keys, windows, strict=True))
+        whole = torch.from_dlpack(frames.as_tensor()) if frames.is_dense_tensor() else None
+        for i, key in enumerate(new.keys):
+            if whole is not None:
+                found = whole[i * size : (i + 1) * size]
+                self._windows[key] = self._empty(found.shape, found.device).copy_(found)
+            else:  # frames of several sizes, though of one within a window
+                parts = [torch.from_dlpack(frames[i * size + j]) for j in range(size)]
+                window = self._empty(torch.Size((size, *parts[0].shape)), parts[0].device)
+                self._windows[key] = torch.stack(parts, out=window)
 
     def stacks(self, draw: Draw) -> list[torch.Tensor]:
         """The frames (2L, H, W, 1) that each sample is cut from; views of the windows."""
@@ -81,20 +87,36 @@ class WindowPool:
         return [self._windows[key][at : at + steps * kinds] for key, at in zip(keys_of(draw), begin, strict=True)]
 
     def drop_used(self, step: int) -> None:
-        """Forget the windows that are of no use after that step."""
-        self._windows = {key: window for key, window in self._windows.items() if last_step(key, self._spec) > step}
+        """Forget the windows that no batch after that step needs; their memory is free for others."""
+        for key in [key for key in self._windows if last_step(key, self._spec) <= step]:
+            window = self._windows.pop(key)
+            self._free.setdefault(window.shape, []).append(window)
+
+    def _empty(self, shape: torch.Size, device: torch.device) -> torch.Tensor:
+        free = self._free.get(shape)
+        return free.pop() if free else torch.empty(shape, dtype=torch.uint8, device=device)
 
 
-def cut_stacks(stacks: list[torch.Tensor], draw: Draw, entries: Any, spec: StreamSpec) -> torch.Tensor:
-    """Network inputs (n, 2L, crop, crop) float32 on the stacks' device: what the stack graph computes on the CPU.
+def cut_stacks(stacks: list[torch.Tensor], draw: Draw, codes: torch.Tensor) -> torch.Tensor:
+    """Copy each sample's crop from its frames (2L, H, W, 1) to codes[i]; codes (n, 2L, crop, crop, 1) uint8."""
+    side = codes.shape[2]
+    on_cpu = codes.device.type == "cpu"
+    for i, (stack, (y, x)) in enumerate(zip(stacks, draw.crop.tolist(), strict=True)):
+        crop = stack[:, y : y + side, x : x + side]
+        if on_cpu:  # numpy copies rows without waking torch's threads, which the decoder's have to share the cores with
+            np.copyto(codes[i].numpy(), crop.numpy())
+        else:
+            codes[i].copy_(crop)
+    return codes
 
-    stacks: n times (2L, H, W, 1) uint8. entries (n, L, 2): their index entries.
+
+def to_inputs(codes: torch.Tensor, draw: Draw, entries: Any, spec: StreamSpec) -> torch.Tensor:
+    """Network inputs (n, 2L, crop, crop) float32 from `cut_stacks`: in torch what the stack graph does on the CPU.
+
+    entries (n, L, 2): the index entries of the samples.
     """
-    device, side = stacks[0].device, spec.crop_px
     affine = np.stack(image_affine(entries, draw.mirror, draw.alpha, spec)).astype(np.float32)  # (2, n * 2L, 1)
-    shift, width = torch.from_numpy(affine.reshape(2, len(draw), spec.num_images, 1, 1)).to(device)
-    inputs = torch.empty((len(stacks), spec.num_images, side, side), device=device)
-    for i, (stack, (y, x), mirror) in enumerate(zip(stacks, draw.crop.tolist(), draw.mirror.tolist(), strict=True)):
-        codes = stack[:, y : y + side, x : x + side, 0]
-        inputs[i] = codes.flip(-1) if mirror else codes
-    return inputs.sub_(shift).div_(width)
+    shift, width = torch.from_numpy(affine.reshape(2, len(draw), spec.num_images, 1, 1)).to(codes.device)
+    mirror = torch.from_numpy(draw.mirror).to(codes.device)[:, None, None, None]
+    codes = codes.squeeze(-1)
+    return torch.where(mirror, codes.flip(-1), codes).float().sub_(shift).div_(width)

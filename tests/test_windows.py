@@ -63,7 +63,7 @@ def test_what_a_gpu_cuts_equals_what_the_stack_graph_cuts(index, rows):
     """`cut_stacks` is the GPU's way from windows to stacks; here on the CPU, from the same windows."""
     spec = spec_of(4)
     with dali_loader.train_loader(index, rows, spec, seed=3, batch_size=16) as loader:
-        loader._stacker = None
+        loader._make = loader._make_from_windows
         cut = [next(loader) for _ in range(6)]
     for a, b in zip(cut, batches(dali_loader, index, rows, spec, 6), strict=True):
         assert (a.inputs - b.inputs).abs().max() < 1e-4
