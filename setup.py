@@ -26,6 +26,7 @@ setup(
         "webdataset>=1.0,<2",
     ],
     extras_require={
-        "dev": ["pytest>=8,<10", "ruff>=0.8,<1", "mypy>=1.13,<3", "types-PyYAML", "types-tqdm"],
+        "bench": ["matplotlib>=3.8,<4", "psutil>=5.9,<8"],
+        "dev": ["two-stream[bench]", "pytest>=8,<10", "ruff>=0.8,<1", "mypy>=1.13,<3", "types-PyYAML", "types-tqdm"],
     },
 )

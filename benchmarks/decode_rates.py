@@ -2,8 +2,8 @@
 
     python benchmarks/decode_rates.py [--data PACKED] [--device cuda] [--quick]
 
-Cases: CPU decoder; GPU decoder (`mixed`) of whole frames; GPU decoder of the crop's region; each at several batch
-sizes. A GPU decoder may end its process, so each case runs in one of its own, and each result is on disk at once. A
+Cases: CPU decoder; GPU decoder (`mixed`) of whole frames; GPU decoder of the crop's region; half of the images by each
+(`shared`); all at two batch sizes. At the larger one also how much of the GPU's part goes to its JPEG unit. A GPU decoder may end its process, so each case runs in one of its own, and each result is on disk at once. A
 case runs the training graph over the same draws without reading (bytes are resident), so its rate is that of decoding
 and the affine map. max_code_difference is against the CPU's decoder, in 8-bit codes of the widest range in the batch.
 """
@@ -14,6 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from itertools import cycle, islice, product
 from pathlib import Path
 from statistics import median
@@ -32,10 +34,17 @@ from loaders.source import Encoded, Source
 
 Batch = tuple[Encoded, Draw, np.ndarray]
 
-DECODERS = {
-    "cpu": [("cpu", True), ("cpu", False)],
-    "cuda": [("cpu", True), ("mixed", False), ("mixed", True), ("shared", False)],
+#: Device -> graphs to try, the most valuable first.
+GRAPHS = {
+    "cpu": [Graph(), Graph(region=False)],
+    "cuda": [
+        Graph("cuda"),
+        Graph("cuda", "mixed", region=False),
+        Graph("cuda", "mixed"),
+        Graph("cuda", "shared", region=False),
+    ],
 }
+HARDWARE_LOADS = (0.0, 0.3, 1.0)  # beside DALI's default
 
 
 def read_batches(root: Path, split: str, spec: StreamSpec, batch_size: int, count: int) -> list[Batch]:
@@ -67,7 +76,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         (output,) = train_pipeline(spec, graph, options.batch_size, lambda: inputs).run()
         return np.asarray((output.as_cpu() if graph.device == "cuda" else output).as_tensor())
 
-    graph = Graph(options.device, options.decoder, bool(options.region), options.threads)
+    graph = Graph(
+        options.device,
+        options.decoder,
+        bool(options.region),
+        options.threads,
+        hardware_load=options.hardware_load,
+    )
     found, expected = first_batch(graph), first_batch(Graph(num_threads=options.threads))
     difference = np.abs(codes_of_widest_range(found - expected, batches[0][2], spec)).max()
 
@@ -87,6 +102,18 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "images_per_s": {"median": median(rates), "min": min(rates), "max": max(rates)},
         "samples_per_s": median(rates) / spec.num_images,
     }
+
+
+def cases(device: str, quick: bool) -> Iterator[dict[str, Any]]:
+    """Stream, batch size and graph of every case."""
+    batch_sizes = (8,) if quick else (64, 256)
+    for stream, batch_size in product(("temporal", "spatial"), batch_sizes):
+        graphs = GRAPHS[device]
+        if device == "cuda" and (stream, batch_size) == ("temporal", batch_sizes[-1]):
+            graphs = graphs + [replace(graphs[1], hardware_load=load) for load in HARDWARE_LOADS]
+        for graph in graphs:
+            case: dict[str, Any] = {"stream": stream, "batch_size": batch_size, "region": int(graph.region)}
+            yield case | {key: getattr(graph, key) for key in ("device", "decoder", "hardware_load")}
 
 
 def run_case(case: dict[str, Any], options: argparse.Namespace, data: Path) -> dict[str, Any]:
@@ -113,7 +140,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=1.0, help="per round")
+    parser.add_argument("--seconds", type=float, default=0.5, help="per round")
     parser.add_argument("--timeout", type=float, default=90, help="of one case, in seconds")
     parser.add_argument("--quick", action="store_true", help="one short case a decoder: does it run?")
     parser.add_argument("--out", type=Path, default=RESULTS / "decode_rates.json")
@@ -122,6 +149,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--stream", choices=["spatial", "temporal"], default="temporal", help=argparse.SUPPRESS)
     parser.add_argument("--decoder", choices=["cpu", "mixed", "shared"], default="cpu", help=argparse.SUPPRESS)
     parser.add_argument("--region", type=int, default=1, help=argparse.SUPPRESS)
+    parser.add_argument("--hardware-load", type=float, default=0.65, help=argparse.SUPPRESS)
     parser.add_argument("--batch-size", type=int, default=64, help=argparse.SUPPRESS)
     parser.add_argument("--L", type=int, default=10, help=argparse.SUPPRESS)
     parser.add_argument("--crop-px", type=int, default=224, help=argparse.SUPPRESS)
@@ -136,25 +164,19 @@ def main(argv: list[str] | None = None) -> int:
     if options.measure:
         print(json.dumps(measure(options)))
         return 0
-    batch_sizes = (8,) if options.quick else (64, 256)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         data = options.data or demo_set(Path(folder))
         config = {key: value for key, value in vars(options).items() if not isinstance(value, Path)}
         config |= {"data": describe_data(open_index(data), options.data is None)}
-        for stream, batch_size, (decoder, region) in product(
-            ("temporal", "spatial"), batch_sizes, DECODERS[options.device]
-        ):
-            case = dict(
-                stream=stream, device=options.device, decoder=decoder, region=int(region), batch_size=batch_size
-            )
+        for case in cases(options.device, options.quick):
             rows.append(run_case(case, options, data))
             write_result(options.out, config, rows=rows)
             row = rows[-1]
             outcome = row.get("error") or (
                 f"{row['images_per_s']['median']:10.0f} images/s, differs by {row['max_code_difference']:.2f} codes"
             )
-            print(f"{stream:9} {decoder:6} region={int(region)} batch={batch_size:4} {outcome}", flush=True)
+            print(*(f"{key}={value}" for key, value in case.items()), outcome, flush=True)
     # A GPU decoder that crashes is a finding, and recorded; decoding wrongly, or a CPU that fails, is a failure.
     wrong = [row for row in rows if row.get("max_code_difference", 0) > TOLERANCE]
     return int(bool(wrong) or any("error" in row and row["decoder"] == "cpu" for row in rows))

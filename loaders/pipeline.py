@@ -38,6 +38,7 @@ class Graph:
     region: decode only the crop; where the GPU decoder cannot, whole frames are decoded and cropped afterwards.
     mixed_share: part of the images that "shared" gives to the GPU decoder, in (0, 1). On a machine without a GPU both
     parts go to the CPU.
+    hardware_load: part of its images that the GPU decoder gives to the GPU's JPEG unit, in [0, 1].
     """
 
     device: str = "cpu"
@@ -45,6 +46,7 @@ class Graph:
     region: bool = True
     num_threads: int = 2
     mixed_share: float = 0.5
+    hardware_load: float = 0.65
 
     def __post_init__(self) -> None:
         if self.device not in ("cpu", "cuda") or self.decoder not in ("cpu", "mixed", "shared"):
@@ -55,6 +57,8 @@ class Graph:
             raise ValueError("decoder='mixed' decodes on a GPU; with device='cpu' take decoder='cpu'.")
         if not 0 < self.mixed_share < 1:
             raise ValueError(f"mixed_share={self.mixed_share} is a part of the images, more than 0 and less than 1.")
+        if not 0 <= self.hardware_load <= 1:
+            raise ValueError(f"hardware_load={self.hardware_load} is a part of the images, from 0 to 1.")
 
 
 def train_inputs(encoded: Encoded, draw: Draw, entries: Any, spec: StreamSpec, graph: Graph) -> tuple[Any, ...]:
@@ -212,7 +216,7 @@ def _built(pipeline: Pipeline) -> Pipeline:
 def _decode(operator: Any, inputs: Any, spec: StreamSpec, graph: Graph, **arguments: Any) -> Any:
     """Images on the device. By default the GPU's decoder upsamples chroma otherwise than libjpeg, far off at edges."""
     color = types.RGB if spec.stream == "spatial" else types.GRAY
-    arguments |= {"output_type": color, "jpeg_fancy_upsampling": True}
+    arguments |= {"output_type": color, "jpeg_fancy_upsampling": True, "hw_decoder_load": graph.hardware_load}
     mixed = "mixed" if graph.device == "cuda" else "cpu"
     if graph.decoder == "shared":
         jpeg, to_gpu = inputs

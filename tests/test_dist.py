@@ -8,7 +8,7 @@ from loaders.index import open_index
 from tests.tiny import tiny_config, tiny_overrides
 from train import launch as train_launch
 from train.dist import Machines, World, launch
-from train.engine import build_net, loader_module, loader_options, stream_spec
+from train.engine import build_net, compute_logits, loader_module, loader_options, stream_spec
 from train.evaluate import scores_path
 from train.log import read_log
 from train.scores import read_scores
@@ -39,7 +39,7 @@ def record_inputs(world, config, folder):
                 rank=world.rank,
                 world_size=world.world_size,
             )
-            for name, value in zip(seen, (batch.videos, batch.tau, batch.inputs, *masks), strict=True):
+            for name, value in zip(seen, (batch.draw.video, batch.draw.tau, batch.inputs, *masks), strict=True):
                 seen[name].append(np.asarray(value))
     total = world.sum(torch.tensor([world.rank + 1]))
     np.savez(folder / f"{world.rank}.npz", total=total.numpy(), **{name: np.stack(v) for name, v in seen.items()})
@@ -74,6 +74,57 @@ def test_a_run_of_two_processes_has_the_losses_and_scores_of_one(packed, tmp_pat
             one, two = (read_scores(scores_path(tmp_path / str(n), stream, part)) for n in (1, 2))
             np.testing.assert_allclose(one.scores, two.scores, atol=1e-4)
             assert one.num_views.tolist() == two.num_views.tolist()
+
+
+SENDING = {
+    "default": {},
+    "small buckets": {"bucket_mb": 0.01},
+    "one bucket": {"bucket_mb": 1000.0},
+    "bfloat16": {"gradient_compression": "bfloat16"},
+}
+
+
+def record_gradients(world, config, folder):
+    """Store the gradients that each way of sending leaves after the second pass: the first one orders the buckets."""
+    rng = torch.Generator().manual_seed(world.rank)
+    inputs = torch.randn(4, 6, 48, 48, generator=rng)
+    gradients = {}
+    for name, options in SENDING.items():
+        net = build_net(config, "temporal", 3, world.device)
+        model = world.wrap(net.train(), **options)
+        masks = net.draw_masks(0, 0, batch_size=8, rank=world.rank, world_size=2)
+        for _ in range(2):
+            model.zero_grad()
+            compute_logits(model, inputs, masks, config).square().sum().backward()
+        gradients[name] = torch.cat([parameter.grad.flatten() for parameter in net.parameters()]).numpy()
+    np.savez(folder / f"{world.rank}.npz", **gradients)
+
+
+@pytest.mark.dist
+def test_buckets_change_no_gradient_and_compression_only_rounds_it(packed, tmp_path):
+    launch(Machines(num_procs=2), record_gradients, tiny_config(packed), tmp_path)
+    first, second = (dict(np.load(tmp_path / f"{rank}.npz")) for rank in range(2))
+    for name in SENDING:
+        np.testing.assert_array_equal(first[name], second[name], err_msg=name)
+    for name in ("small buckets", "one bucket"):
+        np.testing.assert_array_equal(first[name], first["default"], err_msg=name)
+    exact, rounded = first["default"], first["bfloat16"]
+    assert not np.array_equal(exact, rounded)
+    # Each of two terms is rounded to 8 bits, and their sum again; terms may cancel, so the largest sets the scale.
+    np.testing.assert_allclose(rounded, exact, rtol=2**-7, atol=2**-8 * np.abs(exact).max())
+    assert np.linalg.norm(rounded - exact) < 2**-8 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train__bucket_mb": 0}, "train.bucket_mb=0.0 must be positive"),
+        ({"train__gradient_compression": "int8"}, "train.gradient_compression='int8' must be one of none, bfloat16"),
+    ],
+)
+def test_impossible_ways_of_sending_are_refused(packed, change, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_config(packed, **change)
 
 
 def fail(world, message):

@@ -28,7 +28,7 @@ def losses(folder):
 
 def stop_after(monkeypatch, num_updates):
     """Let training run `num_updates` updates and interrupt it in the next."""
-    update, done = engine._update, []
+    update, done = engine.update, []
 
     def interrupted(*arguments):
         if len(done) == num_updates:
@@ -36,7 +36,7 @@ def stop_after(monkeypatch, num_updates):
         done.append(1)
         return update(*arguments)
 
-    monkeypatch.setattr(engine, "_update", interrupted)
+    monkeypatch.setattr(engine, "update", interrupted)
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def test_the_update_is_sgd_with_momentum_and_weight_decay(packed):
             )
             velocities = [0.9 * v + (g + 5e-4 * w) for v, g, w in zip(velocities, gradients, weights, strict=True)]
             weights = [w - lr * v for v, w in zip(velocities, weights, strict=True)]
-            engine._update(net, optimizer, lr, batch, masks, config)
+            engine.update(net, optimizer, lr, batch, masks, config)
     for parameter, weight in zip(net.parameters(), weights, strict=True):
         torch.testing.assert_close(parameter.detach(), weight)
 

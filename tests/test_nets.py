@@ -92,6 +92,40 @@ def test_response_normalisation_against_the_formula(num_channels):
         np.testing.assert_allclose(norm(x).numpy(), expected, rtol=1e-5)  # in float32 all the same
 
 
+def _passes(norm, x, dy):
+    """Output and input gradient of a layer."""
+    x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    y = norm(x)
+    y.backward(dy.to(y.dtype))
+    return y.detach(), x.grad
+
+
+@pytest.mark.parametrize("num_channels", [2, 24])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_response_normalisation_has_the_gradient_that_autograd_finds(num_channels, memory_format):
+    rng = torch.Generator().manual_seed(0)
+    x, dy = (torch.randn(2, num_channels, 4, 5, generator=rng).to(memory_format=memory_format) for _ in range(2))
+    torch_norm = nn.LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=2.0).double()
+    norm = LocalResponseNorm(num_channels)
+    (y, dx), expected = _passes(norm, 60 * x, dy), _passes(torch_norm, 60 * x.double(), dy.double())
+    torch.testing.assert_close((y, dx), expected, check_dtype=False, rtol=1e-4, atol=1e-5)
+    assert y.is_contiguous(memory_format=memory_format)
+    low, dlow = _passes(norm, (60 * x).bfloat16(), dy)
+    assert low.dtype == dlow.dtype == torch.bfloat16
+    torch.testing.assert_close((low, dlow), expected, check_dtype=False, rtol=2e-2, atol=2e-2)
+
+
+def test_response_normalisation_compiled_is_the_same(monkeypatch):
+    """Compiled it sums shifted channels instead of convolving; this traces that form without generating code."""
+    rng = torch.Generator().manual_seed(0)
+    x, dy = (torch.randn(2, 24, 4, 5, generator=rng) for _ in range(2))
+    norm = LocalResponseNorm(24)
+    compiled = torch.compile(norm, backend="aot_eager", fullgraph=True)
+    expected = _passes(norm, 60 * x, dy)
+    monkeypatch.setattr("torch.nn.functional.conv2d", None)
+    torch.testing.assert_close(_passes(compiled, 60 * x, dy), expected)
+
+
 # --- dropout -----------------------------------------------------------------------------------------------------
 
 

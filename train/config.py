@@ -52,6 +52,10 @@ class DataConfig:
     """PCA colour offset on the spatial stream in training (sec. 5)."""
     random_mirror: bool = True
     """Mirror half of the training samples."""
+    stacks_per_window: int = 1
+    """k: in temporal training, L + k - 1 fields are decoded once and give k stacks, in different batches."""
+    decoder: Literal["auto", "cpu", "mixed", "shared"] = "auto"
+    """Where JPEGs are decoded when training on a GPU; `auto` measures a few batches and takes the fastest."""
     num_threads: int | None = None
     """Loading threads of a process; null: the machine's cores divided by its processes."""
 
@@ -59,6 +63,7 @@ class DataConfig:
         _require(self.size == "auto", f"data.size={self.size!r}: only auto, the stored size, is supported; pack anew.")
         _require(self.L >= 1, f"data.L={self.L} must be at least 1.")
         _require(self.crop_px >= 1, f"data.crop_px={self.crop_px} must be at least 1.")
+        _require(self.stacks_per_window >= 1, f"data.stacks_per_window={self.stacks_per_window} must be at least 1.")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -112,6 +117,10 @@ class TrainConfig:
     """`auto`: bfloat16 autocast on a GPU, float32 on the CPU."""
     compile: bool = False
     """Compile the net with torch.compile."""
+    bucket_mb: float = 25.0
+    """Gradients travel between processes in buckets of this size (2**20 bytes), while the backward pass goes on."""
+    gradient_compression: Literal["none", "bfloat16"] = "none"
+    """`bfloat16` rounds gradients on their way, which halves the bytes; they are applied in float32."""
     log_every: int = 20
     """Steps from log line to log line."""
     checkpoint_every: int = 1000
@@ -125,6 +134,7 @@ class TrainConfig:
         for name in ("batch_size", "log_every", "checkpoint_every"):
             _require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)} must be at least 1.")
         _require(self.seed >= 0, f"train.seed={self.seed} must be at least 0.")
+        _require(self.bucket_mb > 0, f"train.bucket_mb={self.bucket_mb} must be positive.")
 
 
 @dataclass(kw_only=True, slots=True)

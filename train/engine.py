@@ -45,6 +45,7 @@ def stream_spec(config: Config, stream: str) -> StreamSpec:
         subtract_mean=data.subtract_mean,
         color_jitter=data.color_jitter,
         random_mirror=data.random_mirror,
+        stacks_per_window=data.stacks_per_window if stream == "temporal" else 1,
     )
 
 
@@ -61,6 +62,7 @@ def loader_options(config: Config, world: World) -> dict[str, Any]:
         "world_size": world.world_size,
         "device": world.device.type,  # the process has chosen its GPU already
         "num_threads": config.data.num_threads or world.num_threads,
+        "decoder": config.data.decoder,
     }
 
 
@@ -79,12 +81,19 @@ def build_net(config: Config, stream: str, num_classes: int, device: torch.devic
     return net.to(memory_format=MEMORY_FORMAT)  # type: ignore[call-overload]
 
 
+def build_optimizer(net: nn.Module, config: Config) -> torch.optim.SGD:
+    """SGD with the configured momentum and weight decay; the learning rate is set anew at each step."""
+    return torch.optim.SGD(net.parameters(), momentum=config.train.momentum, weight_decay=config.train.weight_decay)
+
+
 def compute_logits(net: nn.Module, inputs: Tensor, masks: tuple[Tensor, ...] | None, config: Config) -> Tensor:
     """One forward pass in the configured precision. Returns logits (N, num_classes) float32."""
     kind = inputs.device.type
     bfloat16 = config.train.precision == "bfloat16" or (config.train.precision == "auto" and kind == "cuda")
     with torch.autocast(kind, torch.bfloat16, enabled=bfloat16):
-        return net(inputs.contiguous(memory_format=MEMORY_FORMAT), masks).float()
+        # Autocast would convert the type anyway; with the layout it is one pass over the batch.
+        dtype = torch.bfloat16 if bfloat16 else inputs.dtype
+        return net(inputs.to(dtype, memory_format=MEMORY_FORMAT), masks).float()
 
 
 def check_stream(config: Config, stream: str, index: Index) -> None:
@@ -105,7 +114,7 @@ def train_stream(config: Config, stream: str, index: Index, folder: Path, world:
     """
     train, schedule = config.train, config.stream(stream)
     net = build_net(config, stream, len(index.classes), world.device)
-    optimizer = torch.optim.SGD(net.parameters(), momentum=train.momentum, weight_decay=train.weight_decay)
+    optimizer = build_optimizer(net, config)
     start_step = _restore(net, optimizer, folder / CHECKPOINT, index)
     _check_same_step(start_step, folder, world)
     logger.info("%s: training steps %d to %d", stream, start_step, schedule.steps)
@@ -113,7 +122,7 @@ def train_stream(config: Config, stream: str, index: Index, folder: Path, world:
         return
     if train.compile:
         net.compile()
-    model = world.wrap(net.train())
+    model = world.wrap(net.train(), bucket_mb=train.bucket_mb, gradient_compression=train.gradient_compression)
     with _train_loader(config, stream, index, start_step, world) as loader, _open_log(folder, start_step, world) as log:
         meter = Meter(GpuTimeline() if world.device.type == "cuda" else None)
         for step in tqdm(
@@ -128,7 +137,7 @@ def train_stream(config: Config, stream: str, index: Index, folder: Path, world:
             masks = net.draw_masks(
                 train.seed, step, batch_size=train.batch_size, rank=world.rank, world_size=world.world_size
             )
-            loss = _update(model, optimizer, lr, batch, masks, config)
+            loss = update(model, optimizer, lr, batch, masks, config)
             meter.count(train.batch_size)
             done = step + 1
             if done % train.log_every == 0 or done == schedule.steps:
@@ -139,7 +148,7 @@ def train_stream(config: Config, stream: str, index: Index, folder: Path, world:
                 _save(net, optimizer, done, config, stream, index, folder, world)
 
 
-def _update(
+def update(
     model: nn.Module, optimizer: torch.optim.SGD, lr: float, batch: Batch, masks: tuple[Tensor, ...], config: Config
 ) -> Tensor:
     """One SGD update on this rank's slice of the global batch. Returns the slice's mean loss before it, a scalar.
