@@ -3,9 +3,10 @@
     python benchmarks/decode_rates.py [--data PACKED] [--device cuda] [--quick]
 
 Cases: CPU decoder; GPU decoder (`mixed`) of whole frames; GPU decoder of the crop's region; half of the images by each
-(`shared`); all at two batch sizes. At the larger one also how much of the GPU's part goes to its JPEG unit. A GPU decoder may end its process, so each case runs in one of its own, and each result is on disk at once. A
-case runs the training graph over the same draws without reading (bytes are resident), so its rate is that of decoding
-and the affine map. max_code_difference is against the CPU's decoder, in 8-bit codes of the widest range in the batch.
+(`shared`); all at two batch sizes. At the larger one also how much of the GPU's part goes to its JPEG unit. A GPU
+decoder may end its process, so each case runs in one of its own, and each result is on disk at once. A case runs the
+training graph over the same draws without reading (bytes are resident), so its rate is that of decoding and the affine
+map. max_code_difference is against the CPU's decoder, in 8-bit codes of the widest range in the batch.
 """
 
 import argparse

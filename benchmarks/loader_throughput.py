@@ -1,217 +1,241 @@
-"""Samples per second of the loader, beside what users would otherwise run, and beside the ceiling.
+"""Samples per second of the loader, beside what users would otherwise run, and beside the ceilings.
 
-    python benchmarks/loader_throughput.py [--data PACKED] [--quick]
+    python benchmarks/loader_throughput.py [--data PACKED] [--rows NAME ...] [--cold] [--quick]
 
-Every row delivers the same training batches: float32 (N, 2L, 224, 224) of stacked fields or (N, 3, 224, 224) RGB, drawn
-by the same pure function; each row's first batch is compared with the reference, and one that differs ends the program.
-Rounds are interleaved, the clock runs around `next()`, warm-up is outside it. The file is written after every round.
+Every row delivers training batches of the same kind: float32 (N, 2L, 224, 224) of stacked fields less their means, or
+(N, 3, 224, 224) of colour-jittered RGB, cropped and mirrored at random. Every row reports the views it delivered; in
+every round some of them are recomputed with the reference, and a row that differs ends the program.
 
-    ours_k1           this project's DALI loader
-    torch_dataloader  torch DataLoader over loose JPEG files, decoded by OpenCV in worker processes, best of 1, 2, 4
+    ours_k1, _k4, _k8 this project's loader; k stacks from each decoded window of L+k-1 fields (temporal)
+    ours_k1_cold      --cold: the same, the shards evicted from the page cache before every round
+    torch_dataloader  torch's DataLoader over loose JPEG files, decoded by OpenCV in 1 to 4 workers, the best
+    webdataset        the `webdataset` package over the shards, OpenCV, 1 to 4 workers, the best; a stack of each clip
+                      read, so it reads far more than it decodes
+    dali_textbook     a DALI graph with a decoder for every channel, of whole frames or of the crop, the better; always
+                      the first L fields of a clip
     reference         the plain numpy loader that serves as the tests' oracle
-    ceiling_decode    libjpeg-turbo (through OpenCV) on all cores, decoding the same bytes and nothing else
+    ceiling_decode    libjpeg-turbo (through OpenCV) on all cores, decoding the same images in full and nothing else
+    ceiling_region    DALI decoding only the crops, to uint8, of bytes in memory, and nothing else
+    ceiling_read      reading the same bytes, without checking or decoding them
+    ceiling_write     writing the float32 batch once
+
+Each row is a process of its own, stopped while others have their turn. Rounds are interleaved, warm-up is outside the
+clock, ratios are of medians of the same run. Which setting is best is measured before the first round. The file is
+written after every round.
 """
 
 import argparse
+import os
+import signal
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from common import RESULTS, demo_set, describe_data, write_result
-
-import cv2  # isort: skip
+import ceilings
 import numpy as np
-import torch
+import peers
+from common import RESULTS, demo_set, describe_data, write_result
+from row import Delivered, Job, Maker, Measured, RowProcess
 from tqdm import tqdm
 
-from loaders import dali_loader, reference
-from loaders.batch import FLOW_SCALE, PCA_STD, PCA_VECTORS, RGB_MEAN, RGB_STD, StreamSpec
-from loaders.draw import Population, draw_batch, population, rank_draws
+from loaders import reference
+from loaders.batch import FLOW_SCALE, RGB_STD, StreamSpec
 from loaders.index import Index, open_index
 from loaders.source import Source
 
-SEED = 0
+PEERS = ("torch_dataloader", "webdataset", "dali_textbook")
+TEMPORAL_ONLY = ("ours_k4", "ours_k8")
+NAMES = (
+    *("ours_k1", *TEMPORAL_ONLY, "ours_k1_cold", *PEERS, "reference"),
+    *("ceiling_decode", "ceiling_region", "ceiling_read", "ceiling_write"),
+)
 
 
-class LooseFiles(torch.utils.data.Dataset):
-    """The usual loader: a folder of JPEG files for every video, a sample assembled by OpenCV in a worker process."""
+def ours(job: Job) -> Iterator[Delivered]:
+    """This project's loader."""
+    from loaders import dali_loader  # here, so that other rows' memory holds no DALI
 
-    def __init__(self, folder: Path, index: Index, videos: Population, spec: StreamSpec, batch_size: int):
-        self.folder, self.index, self.videos, self.spec, self.batch_size = folder, index, videos, spec, batch_size
-        self.entries = {kind: np.array(index.entries[kind]) for kind in spec.kinds}
-        self._drawn: tuple[int, Any] = (-1, None)
-
-    def __len__(self) -> int:
-        return 1 << 40
-
-    def __getitem__(self, item: int) -> Any:
-        step, slot = divmod(item, self.batch_size)
-        if self._drawn[0] != step:
-            self._drawn = step, draw_batch(SEED, step, self.videos, self.spec, self.batch_size)
-        draw, side = self._drawn[1], self.spec.crop_px
-        video, (y0, x0) = int(draw.video[slot]), draw.crop[slot]
-        window = np.s_[y0 : y0 + side, x0 : x0 + side]
-        if self.spec.stream == "spatial":
-            bgr = cv2.imread(self._path(video, "rgb", draw.tau[slot]))[window]
-            offset = PCA_VECTORS @ (draw.alpha[slot] * PCA_STD)
-            rgb = (bgr[:, :, ::-1].transpose(2, 0, 1) + (offset - RGB_MEAN)[:, None, None]) / RGB_STD[:, None, None]
-            sample = rgb[:, :, ::-1] if draw.mirror[slot] else rgb
-        else:
-            sample = np.empty((self.spec.num_channels, side, side), np.float32)
-            for step in range(self.spec.L):
-                for k, kind in enumerate(self.spec.kinds):
-                    frame = int(draw.tau[slot]) + step
-                    entry = self.entries[kind][self.index.first_row[video] + frame]
-                    component = cv2.imread(self._path(video, kind, frame), cv2.IMREAD_GRAYSCALE)[window]
-                    width = FLOW_SCALE * (float(entry["hi"]) - float(entry["lo"])) / 255
-                    shift = FLOW_SCALE * (float(entry["lo"]) - float(entry["mean"]))
-                    if draw.mirror[slot]:
-                        component = component[:, ::-1]
-                        width, shift = (-width, -shift) if k == 0 else (width, shift)
-                    sample[2 * step + k] = component * np.float32(width) + np.float32(shift)
-        return torch.from_numpy(np.ascontiguousarray(sample, np.float32))
-
-    def _path(self, video: int, kind: str, frame: int) -> str:
-        return str(self.folder / f"{video:06d}" / f"{kind}_{frame:05d}.jpg")
+    return _batches(dali_loader, job)
 
 
-def write_loose_files(folder: Path, index: Index, videos: Population, kinds: tuple[str, ...]) -> None:
-    """The members of the listed videos as files, as other tools leave them."""
-    for video in videos.rows.tolist():
-        (folder / f"{video:06d}").mkdir(parents=True, exist_ok=True)
-        with open(index.root / index.shards[index.shard[video]], "rb") as shard:
-            for kind in kinds:
-                first = int(index.first_row[video])
-                for frame, entry in enumerate(index.entries[kind][first : first + int(index.num_frames[video])]):
-                    if entry["size"]:
-                        shard.seek(int(entry["offset"]))
-                        (folder / f"{video:06d}" / f"{kind}_{frame:05d}.jpg").write_bytes(
-                            shard.read(int(entry["size"]))
-                        )
+def plain(job: Job) -> Iterator[Delivered]:
+    """The same batches by the reference."""
+    return _batches(reference, job)
 
 
-def ceiling(index: Index, videos: Population, spec: StreamSpec, batch_size: int, cores: int) -> Iterator[None]:
-    """Decodes every image of a batch in full, on all cores, and keeps nothing. Bytes are read beforehand."""
-    draws = rank_draws(videos, spec, seed=SEED, batch_size=batch_size, rank=0, world_size=1, start_step=0)
-    source, flag = Source(index, spec), cv2.IMREAD_COLOR if spec.stream == "spatial" else cv2.IMREAD_GRAYSCALE
-    batches = [source.read(next(draws)).images for _ in range(3)]
-    cv2.setNumThreads(1)
-    with ThreadPoolExecutor(cores) as pool:
-        while True:
-            for images in batches:
-                list(pool.map(lambda image: cv2.imdecode(image, flag), images, chunksize=64))
-                yield
+def _batches(module: Any, job: Job) -> Iterator[Delivered]:
+    index = open_index(job.root)
+    means = dict(seed=job.seed, batch_size=job.batch_size, device=job.device, num_threads=job.cores)
+    with module.train_loader(index, index.split(job.split), job.spec, **means) as loader:
+        for batch in loader:
+            yield Delivered(batch.inputs, batch.draw)
 
 
-def rows(folder: Path, index: Index, spec: StreamSpec, arguments: argparse.Namespace) -> dict[str, Callable[[], Any]]:
-    """Name -> maker of an endless iterator, one item a batch. Several names may stand for settings of one row."""
-    listed = index.split(arguments.split)
-    videos = population(index, listed, spec)
-    cores = arguments.cores
-    options: dict[str, Any] = dict(seed=SEED, batch_size=arguments.batch_size)
-    write_loose_files(folder / spec.stream, index, videos, spec.kinds)
+def settings_of(name: str, job: Job, quick: bool) -> tuple[Maker, dict[str, Job]]:
+    """What makes a row, and the settings of which the best is shown: description -> job."""
+    one, on_all_cores = {"": job}, {"": replace(job, workers=job.cores)}
+    counts = (1,) if quick else (1, 2, 3, 4)
+    workers = {f"{n} worker{'s' * (n > 1)}": replace(job, workers=n) for n in counts}
+    regions = {"whole frames": job} | ({} if quick else {"crops": replace(job, region=True)})
+    match name:
+        case "ours_k1" | "ours_k1_cold":
+            return ours, {"": replace(job, cold=name == "ours_k1_cold")}
+        case "ours_k4" | "ours_k8":
+            return ours, {"": replace(job, spec=replace(job.spec, stacks_per_window=int(name[-1])))}
+        case "torch_dataloader":
+            return peers.torch_dataloader, workers
+        case "webdataset":
+            return peers.webdataset, workers
+        case "dali_textbook":
+            return peers.dali_textbook, regions
+        case "reference":
+            return plain, one
+        case "ceiling_decode" | "ceiling_read":
+            return getattr(ceilings, name), on_all_cores
+    return getattr(ceilings, name), one
 
-    def torch_loader(workers: int) -> Iterator[torch.Tensor]:
-        data = LooseFiles(folder / spec.stream, index, videos, spec, arguments.batch_size)
-        loader = torch.utils.data.DataLoader(data, batch_size=arguments.batch_size, num_workers=workers)
-        return iter(loader)
 
-    def project_loader(module: Any, **more: Any) -> Iterator[torch.Tensor]:
-        with module.train_loader(index, listed, spec, **options, **more) as loader:
-            for batch in loader:
-                yield batch.inputs
+def best_setting(name: str, make: Maker, settings: dict[str, Job], seconds: float) -> tuple[str, dict[str, float]]:
+    """The fastest setting, and the samples/s that decided; nothing is measured if there is but one.
 
-    makers: dict[str, Callable[[], Any]] = {
-        "ours_k1": lambda: project_loader(dali_loader, device=arguments.device, num_threads=cores)
-    }
-    for workers in (count for count in (1, 2, 4) if count == 1 or count <= cores):
-        makers[f"torch_dataloader:{workers}"] = lambda workers=workers: torch_loader(workers)
-    makers["reference"] = lambda: project_loader(reference)
-    makers["ceiling_decode"] = lambda: ceiling(index, videos, spec, arguments.batch_size, cores)
-    return makers
+    One after the other, each closed before the next: together they would not fit in memory.
+    """
+    rates: dict[str, float] = {}
+    for setting, job in settings.items() if len(settings) > 1 else ():
+        with closing(RowProcess(f"{name}, {setting}", make, job)) as process:
+            process.wait()
+            rates[setting] = process.measure(seconds).samples_per_s
+    return max(settings, key=lambda setting: rates.get(setting, 0.0)), rates
 
 
 def measure(
-    makers: dict[str, Callable[[], Any]], tolerance: float, arguments: argparse.Namespace, progress: Any
-) -> Iterator[dict[str, list[float]]]:
-    """Samples/s of every row so far, after every round. A round takes each row in turn, at least `seconds` long.
+    rows: dict[str, tuple[Maker, Job]], index: Index, arguments: argparse.Namespace
+) -> Iterator[dict[str, list[Measured]]]:
+    """All turns of every row so far, after every round. A round takes each row in turn, at least `seconds` long.
 
-    tolerance: largest difference of a row's first batch from the reference's.
+    Raises RowError for a row that fails, and ends the program for one that delivers something else than it says.
     """
-    rates: dict[str, list[float]] = {name: [] for name in makers}
-    expected = next(makers["reference"]())
-    for round_ in range(arguments.rounds):
-        for name, make in makers.items():
-            batches = make()
-            first = next(batches)  # warm-up: starts workers, fills queues
-            if round_ == 0 and first is not None and (first.cpu() - expected).abs().max() > tolerance:
-                sys.exit(f"{name} delivers another first batch than the reference, so its rate means nothing")
-            next(batches)
-            start, count = time.perf_counter(), 0
-            while time.perf_counter() - start < arguments.seconds:
-                next(batches)
-                count += 1
-            if arguments.device == "cuda":
-                torch.cuda.synchronize()
-            rates[name].append(count * arguments.batch_size / (time.perf_counter() - start))
-            if isinstance(batches, Generator):
-                batches.close()  # ends its threads and frees its buffers before the next row
-            del batches, first
-            progress.update()
-        yield rates
+    turns: dict[str, list[Measured]] = {name: [] for name in rows}
+    with ExitStack() as stack:
+        processes = {name: stack.enter_context(closing(RowProcess(name, *row))) for name, row in rows.items()}
+        for process in processes.values():
+            process.wait()
+        for round_ in range(arguments.rounds):
+            for name, process in tqdm(processes.items(), f"round {round_ + 1} of {arguments.rounds}", disable=None):
+                turn = process.measure(arguments.seconds)
+                if turn.checked is not None:
+                    check(name, turn.checked, index, rows[name][1])
+                turns[name].append(replace(turn, checked=None))
+            yield turns
 
 
-def largest_difference(index: Index, spec: StreamSpec, device: str) -> float:
+def check(name: str, delivered: Delivered, index: Index, job: Job) -> None:
+    """End the program unless the reference computes the same inputs from the views that the row reports."""
+    spec = replace(job.spec, stacks_per_window=1)
+    with reference.ReferenceLoader(Source(index, spec), iter([delivered.draw]), device="cpu") as loader:
+        expected = next(loader).inputs.numpy()
+    found = delivered.inputs
+    if found.shape != expected.shape or found.dtype != np.float32:
+        sys.exit(
+            f"row {name} delivers {found.dtype} {found.shape}; expected float32 {expected.shape}. It is not shown."
+        )
+    difference, allowed = float(np.abs(found - expected).max()), largest_difference(index, job)
+    if not difference <= allowed:  # also if it is not a number
+        sys.exit(
+            f"row {name} delivers other inputs than the reference computes from the views that it reports: they differ "
+            f"by up to {difference:.3g}, and {allowed:.3g} is allowed. Its rate means nothing and is not shown."
+        )
+
+
+def largest_difference(index: Index, job: Job) -> float:
     """What two right decoders may differ by, in network inputs: nothing on the CPU, two codes on a GPU."""
-    if device == "cpu":
+    if job.device == "cpu":
         return 1e-3
-    if spec.stream == "spatial":
+    if job.spec.stream == "spatial":
         return 2.01 / float(RGB_STD.min())
-    widest = max(float((index.entries[kind]["hi"] - index.entries[kind]["lo"]).max()) for kind in spec.kinds)
+    widest = max(float((index.entries[kind]["hi"] - index.entries[kind]["lo"]).max()) for kind in job.spec.kinds)
     return 2.01 * FLOW_SCALE * widest / 255
 
 
-def summarise(stream: str, rates: dict[str, list[float]]) -> list[dict[str, Any]]:
-    """One row a name; of the settings of one name the best. Ratios are of medians of the same run."""
-    best: dict[str, tuple[str, list[float]]] = {}
-    for name, values in rates.items():
-        key = name.split(":")[0]
-        if key not in best or median(values) > median(best[key][1]):
-            best[key] = name, values
-    torch_rate, top = median(best["torch_dataloader"][1]), median(best["ceiling_decode"][1])
-    return [
-        {
+def summarise(
+    stream: str, turns: dict[str, list[Measured]], chosen: dict[str, tuple[str, dict[str, float]]]
+) -> list[dict[str, Any]]:
+    """The table's rows. Ratios are of medians; None where a row that they need was not measured.
+
+    chosen: name -> setting, and the samples/s of all settings that were tried.
+    """
+    rates = {name: median(turn.samples_per_s for turn in measured) for name, measured in turns.items()}
+    best_peer = max((rates[name] for name in PEERS if name in rates), default=None)
+
+    def ratio(name: str, other: float | None) -> float | None:
+        return rates[name] / other if other else None
+
+    table = []
+    for name, measured in turns.items():
+        every = [turn.samples_per_s for turn in measured]
+        row = {
             "stream": stream,
-            "name": key,
-            "setting": name.partition(":")[2] and f"{name.partition(':')[2]} workers",
-            "samples_per_s": {"median": median(values), "min": min(values), "max": max(values)},
-            "ratio_to_torch_dataloader": median(values) / torch_rate,
-            "ratio_to_ceiling": median(values) / top,
+            "name": name,
+            "setting": chosen[name][0],
+            "samples_per_s": {"median": rates[name], "min": min(every), "max": max(every)},
+            "ratio_to_torch_dataloader": ratio(name, rates.get("torch_dataloader")),
+            "ratio_to_best_peer": ratio(name, best_peer),
+            "ratio_to_ceiling": ratio(name, rates.get("ceiling_decode")),
+            "cpu_s_per_1000": median(turn.cpu_s_per_1000 for turn in measured),
+            "peak_rss_bytes": of_known(max, [turn.peak_rss_bytes for turn in measured]),
+            "read_bytes_per_sample": of_known(median, [turn.read_bytes_per_sample for turn in measured]),
         }
-        for key, (name, values) in best.items()
-    ]
+        if chosen[name][1]:
+            row["settings_tried"] = chosen[name][1]  # description -> samples/s, before the first round
+        if name == "ours_k1" and {"ceiling_region", "ceiling_write"} <= set(rates):
+            one_after_the_other = 1 / (1 / rates["ceiling_region"] + 1 / rates["ceiling_write"])
+            row["ratio_to_region_plus_write"] = ratio(name, one_after_the_other)
+        table.append(row)
+    return table
+
+
+def of_known(statistic: Any, values: list[Any]) -> Any:
+    """The statistic, or None where the system did not tell the values."""
+    return None if None in values else statistic(values)
+
+
+def measure_stream(stream: str, folder: Path, root: Path, arguments: argparse.Namespace) -> Iterator[list[dict]]:
+    """The table of one stream, after every round."""
+    index, spec = open_index(root), StreamSpec(stream=stream, L=arguments.L, crop_px=arguments.crop_px)
+    job = Job(root, arguments.split, folder / stream, spec, arguments.batch_size, arguments.cores, arguments.device)
+    names = [name for name in arguments.rows if stream == "temporal" or name not in TEMPORAL_ONLY]
+    if "torch_dataloader" in names:
+        peers.write_loose_files(job.loose, index, index.split(job.split), spec.kinds)
+    rows, chosen = {}, {}
+    for name in names:
+        make, settings = settings_of(name, job, arguments.quick)
+        chosen[name] = best_setting(name, make, settings, arguments.seconds)
+        rows[name] = make, settings[chosen[name][0]]
+    for turns in measure(rows, index, arguments):
+        yield summarise(stream, turns, chosen)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    import os
-
-    parser = argparse.ArgumentParser(description="Loader throughput beside its peers and its ceiling.")
+    parser = argparse.ArgumentParser(description="Loader throughput beside its peers and its ceilings.")
     parser.add_argument("--data", type=Path, help="packed data set; default: the generated demo set at 256 px")
     parser.add_argument("--split", default="split1_train", help="list of videos (default: %(default)s)")
     parser.add_argument("--streams", nargs="+", choices=["temporal", "spatial"], default=["temporal", "spatial"])
+    parser.add_argument("--rows", nargs="+", choices=NAMES, metavar="NAME", help=f"of {', '.join(NAMES)}")
+    parser.add_argument("--cold", action="store_true", help="also ours_k1_cold; needs data larger than a round reads")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3.0, help="per row and round")
-    parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)), help="threads, and most workers")
+    parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)), help="threads of every row")
     parser.add_argument("--out", type=Path, default=RESULTS / "loader_throughput.json")
     parser.add_argument("--quick", action="store_true", help="one short round on small crops: does it run?")
     arguments = parser.parse_args(argv)
+    arguments.rows = arguments.rows or [name for name in NAMES if arguments.cold or name != "ours_k1_cold"]
     arguments.L, arguments.crop_px = (2, 40) if arguments.quick else (10, 224)
     if arguments.quick:
         arguments.rounds, arguments.seconds, arguments.batch_size = 1, 0.2, 8
@@ -220,26 +244,24 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit("terminated")
+    )  # not without ending the rows, which may be stopped
     table: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        index = open_index(arguments.data or demo_set(folder, 256 if not arguments.quick else 64))
+        root = arguments.data or demo_set(folder, 256 if not arguments.quick else 64)
+        config = {key: value for key, value in vars(arguments).items() if not isinstance(value, Path)}
+        config |= {"data": describe_data(open_index(root), arguments.data is None)}
         for stream in arguments.streams:
-            spec = StreamSpec(stream=stream, L=arguments.L, crop_px=arguments.crop_px)
-            makers = rows(folder, index, spec, arguments)
-            tolerance = largest_difference(index, spec, arguments.device)
-            config = {key: value for key, value in vars(arguments).items() if not isinstance(value, Path)}
-            config |= {"data": describe_data(index, arguments.data is None)}
             done = table
-            with tqdm(total=len(makers) * arguments.rounds, desc=stream, disable=None) as progress:
-                for rates in measure(makers, tolerance, arguments, progress):
-                    table = done + summarise(stream, rates)
-                    write_result(arguments.out, config, rows=table)
+            for part in measure_stream(stream, folder, root, arguments):
+                table = done + part
+                write_result(arguments.out, config, rows=table)
     for row in table:
         rate = row["samples_per_s"]
         print(
             f"{row['stream']:9} {row['name']:17} {rate['median']:8.0f} samples/s ({rate['min']:.0f}-{rate['max']:.0f})"
-            f"  {row['ratio_to_torch_dataloader']:5.2f} x torch DataLoader  {row['ratio_to_ceiling']:5.2f} x ceiling"
             f"  {row['setting']}"
         )
     print(f"written to {arguments.out}")

@@ -8,6 +8,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+UNKNOWN = "–"
 
 
 def accuracy_table(result: dict[str, Any]) -> str:
@@ -37,17 +38,44 @@ def confusion_table(result: dict[str, Any]) -> str:
 
 
 def throughput_table(result: dict[str, Any]) -> str:
+    """The chart that `charts.py` draws, and the figures of every row."""
     lines = [
-        "| stream | loader | samples/s, median (min to max) | to torch DataLoader | to ceiling |",
-        "| --- | --- | --- | --- | --- |",
+        "![samples per second of every row](benchmarks/results/loader_throughput.png)\n",
+        "| stream | loader | samples/s, median (min to max) | to torch DataLoader | to the best peer "
+        "| to `ceiling_decode` | CPU s per 1,000 | peak memory | read per sample |",
+        "| --- |" + " --- |" * 8,
     ]
     for row in result["rows"]:
-        rate = row["samples_per_s"]
-        lines.append(
-            f"| {row['stream']} | `{row['name']}` | {rate['median']:.0f} ({rate['min']:.0f} to {rate['max']:.0f}) | "
-            f"{row['ratio_to_torch_dataloader']:.2f} | {row['ratio_to_ceiling']:.2f} |"
-        )
+        rate, name = row["samples_per_s"], f"`{row['name']}`" + (f", {row['setting']}" if row["setting"] else "")
+        ratios = [row.get(f"ratio_to_{other}") for other in ("torch_dataloader", "best_peer", "ceiling")]
+        cells = [
+            row["stream"],
+            name,
+            f"{rate['median']:,.0f} ({rate['min']:,.0f} to {rate['max']:,.0f})",
+            *(UNKNOWN if ratio is None else f"{ratio:.2f}" for ratio in ratios),
+            digits(row.get("cpu_s_per_1000")),
+            num_bytes(row.get("peak_rss_bytes")),
+            num_bytes(row.get("read_bytes_per_sample")),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def num_bytes(value: float | None) -> str:
+    """Bytes, in the largest decimal unit of which there is one."""
+    if value is None:
+        return UNKNOWN
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if value >= 0.9995 * factor:
+            return f"{digits(value / factor)} {unit}"
+    return f"{value:.0f} B"
+
+
+def digits(value: float | None) -> str:
+    """A number to two or three digits, or to its last before the point."""
+    if value is None:
+        return UNKNOWN
+    return f"{value:,.0f}" if value >= 99.5 else f"{value:.1f}" if value >= 0.95 else f"{value:.2g}"
 
 
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {

@@ -72,13 +72,13 @@ class WindowPool:
         size = self._spec.window_steps * len(self._spec.kinds)
         whole = torch.from_dlpack(frames.as_tensor()) if frames.is_dense_tensor() else None
         for i, key in enumerate(new.keys):
+            places = range(i * size, (i + 1) * size)
             if whole is not None:
-                found = whole[i * size : (i + 1) * size]
-                self._windows[key] = self._empty(found.shape, found.device).copy_(found)
+                found = whole[places.start : places.stop]
             else:  # frames of several sizes, though of one within a window
-                parts = [torch.from_dlpack(frames[i * size + j]) for j in range(size)]
-                window = self._empty(torch.Size((size, *parts[0].shape)), parts[0].device)
-                self._windows[key] = torch.stack(parts, out=window)
+                found = torch.stack([torch.from_dlpack(frames[place]) for place in places])
+            self._windows[key] = self._empty(found.shape, found.device)
+            _copy(found, self._windows[key])
 
     def stacks(self, draw: Draw) -> list[torch.Tensor]:
         """The frames (2L, H, W, 1) that each sample is cut from; views of the windows."""
@@ -100,14 +100,17 @@ class WindowPool:
 def cut_stacks(stacks: list[torch.Tensor], draw: Draw, codes: torch.Tensor) -> torch.Tensor:
     """Copy each sample's crop from its frames (2L, H, W, 1) to codes[i]; codes (n, 2L, crop, crop, 1) uint8."""
     side = codes.shape[2]
-    on_cpu = codes.device.type == "cpu"
     for i, (stack, (y, x)) in enumerate(zip(stacks, draw.crop.tolist(), strict=True)):
-        crop = stack[:, y : y + side, x : x + side]
-        if on_cpu:  # numpy copies rows without waking torch's threads, which the decoder's have to share the cores with
-            np.copyto(codes[i].numpy(), crop.numpy())
-        else:
-            codes[i].copy_(crop)
+        _copy(stack[:, y : y + side, x : x + side], codes[i])
     return codes
+
+
+def _copy(source: torch.Tensor, target: torch.Tensor) -> None:
+    """Copy; on the CPU by numpy, for torch would wake threads of its own, which spin on the cores that decode."""
+    if target.device.type == "cpu":
+        np.copyto(target.numpy(), source.numpy())
+    else:
+        target.copy_(source)
 
 
 def to_inputs(codes: torch.Tensor, draw: Draw, entries: Any, spec: StreamSpec) -> torch.Tensor:
