@@ -28,7 +28,7 @@ def ceiling_decode(job: Job) -> Iterator[None]:
     cv2.setNumThreads(1)
 
     def decode(encoded: Encoded) -> None:
-        for image in encoded.images:
+        for image in encoded.images():
             cv2.imdecode(image, flag)
 
     return _in_workers(decode, _encoded(job), job)
@@ -40,7 +40,7 @@ def ceiling_region(job: Job) -> Iterator[None]:
     import nvidia.dali.types as types
     from nvidia.dali import pipeline_def
 
-    images = [encoded.images for encoded in _encoded(job)]
+    images = [encoded.images() for encoded in _encoded(job)]
     starts = [np.repeat(draw.crop, job.spec.num_images, axis=0).astype(np.int32) for draw in _draws(job, _NUM_DECODED)]
     batches = list(zip(images, starts, strict=True))
     color, side = types.RGB if job.spec.stream == "spatial" else types.GRAY, job.spec.crop_px

@@ -15,8 +15,9 @@ Dots are windows born before step 0: drawn like all others, since births may be 
 of (seed, step), and what a resumed run has to decode again are only the windows that are still in use.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from itertools import count
 
 import numpy as np
@@ -150,25 +151,34 @@ def check_crop(index: Index, rows: Ints, spec: StreamSpec) -> None:
         )
 
 
-def draw_batch(seed: int, step: int, videos: Population, spec: StreamSpec, batch_size: int) -> Draw:
+def draw_batch(
+    seed: int,
+    step: int,
+    videos: Population,
+    spec: StreamSpec,
+    batch_size: int,
+    draw_born: Callable[[int], Draw] | None = None,
+) -> Draw:
     """The global training batch of one step: a pure function of its arguments.
 
     Each slot: a class, uniform over the classes; a video of it, uniform; tau, uniform over the starts that fit; a crop
     anywhere in the frame; mirrored with probability 1/2; colour weights. Simonyan & Zisserman 2014, sec. 5. With
     several stacks a window that holds for every slot alone; slots of one window share the video and lie near in time.
+    draw_born: what is born in a step, remembered, for those who draw step after step.
 
     Raises ValueError if seed or step is negative, or the batch does not divide into windows.
     """
     k = spec.stacks_per_window
+    draw_born = draw_born or (lambda birth: _draw_born(seed, birth, videos, spec, batch_size))
     if seed < 0 or step < 0:
         raise ValueError(f"seed={seed}, step={step}: both count from 0.")
     if batch_size % k:
         raise ValueError(f"A batch of {batch_size} does not divide into windows of {k} stacks; take a multiple of {k}.")
     if k == 1:
-        return _draw_born(seed, step, videos, spec, batch_size)
+        return draw_born(step)
     birth = np.stack([_births(seed, step, j, batch_size // k) for j in range(k)], axis=1).reshape(-1)  # slot q * k + j
     steps, group = np.unique(birth, return_inverse=True)
-    born = [_draw_born(seed, int(b), videos, spec, batch_size) for b in steps]
+    born = [draw_born(int(b)) for b in steps]
     slots = group * batch_size + np.arange(batch_size)
     return Draw(**{f.name: np.concatenate([getattr(draw, f.name) for draw in born])[slots] for f in fields(Draw)})
 
@@ -249,7 +259,11 @@ def rank_draws(
             f"A global batch of {batch_size} cannot be shared evenly by {world_size} processes"
             f"{f', in windows of {k} stacks' if k > 1 else ''}. Take a multiple of {world_size * k}."
         )
-    return (draw_batch(seed, step, videos, spec, batch_size).slots(rank, world_size) for step in count(start_step))
+    remembered = lru_cache((k + 1) * SPREAD)(lambda birth: _draw_born(seed, birth, videos, spec, batch_size))
+    return (
+        draw_batch(seed, step, videos, spec, batch_size, remembered).slots(rank, world_size)
+        for step in count(start_step)
+    )
 
 
 def view_taus(num_frames: int, frames_needed: int, num_taus: int) -> Ints:

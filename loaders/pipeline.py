@@ -82,11 +82,11 @@ def _affine_inputs(draw: Draw, entries: Any, spec: StreamSpec) -> tuple[Any, ...
 
 
 def decode_inputs(encoded: Encoded, graph: Graph) -> tuple[Any, ...]:
-    """What the decode graph is fed: images, (m,) uint8 arrays; if two decoders share them, also to_gpu (m,) bool."""
+    """What the decode graph is fed: rows (m, longest) uint8; if two decoders share them, also to_gpu (m,) bool."""
     if graph.decoder != "shared":
-        return (encoded.images,)
-    given = (np.arange(len(encoded.images) + 1) * graph.mixed_share).astype(np.int64)  # the GPU's share, evenly spread
-    return encoded.images, np.diff(given).astype(bool)
+        return (encoded.rows,)
+    given = (np.arange(len(encoded.rows) + 1) * graph.mixed_share).astype(np.int64)  # the GPU's share, evenly spread
+    return encoded.rows, np.diff(given).astype(bool)
 
 
 def view_inputs(encoded: Encoded, draw: Draw, entries: Any, spec: StreamSpec, graph: Graph) -> tuple[Any, ...]:

@@ -71,7 +71,7 @@ class ReferenceLoader:
     def _samples(self, draw: Draw) -> list[Array]:
         """Each sample's whole frame (3, H, W) in grey levels, or fields (L, 2, H, W) in px/frame less their means."""
         spec = self._source.spec
-        images = [image.tobytes() for image in self._source.read(draw.video, draw.tau, spec.steps).images]
+        images = [image.tobytes() for image in self._source.read(draw.video, draw.tau, spec.steps).images()]
         if spec.stream == "spatial":
             return [decode_rgb(image).transpose(2, 0, 1).astype(np.float32) for image in images]
         samples = []

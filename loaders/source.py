@@ -19,7 +19,12 @@ from flow.shard import CLIP_FRAMES, ShardError, damage, member_name
 from loaders.batch import StreamSpec
 from loaders.index import Index, Ints
 
+_JPEG_END = b"\xff\xd9"
 _MAX_OPEN_SHARDS = 256
+#: Takes what lies between members, tar headers and padding; written by all threads, read by none.
+_SCRATCH = memoryview(bytearray(65_536))
+#: Buffers of one system call; the system's limit is 1,024.
+_MAX_PARTS = 1000
 _REBUILD = "Rebuild the index with `python -m flow.verify DIR --rebuild-index`."
 
 
@@ -27,16 +32,23 @@ _REBUILD = "Rebuild the index with `python -m flow.verify DIR --rebuild-index`."
 class Encoded:
     """Encoded images of n runs of consecutive time steps.
 
-    images: n * steps * kinds uint8 arrays: for run i its time steps, and within one, dx then dy (or one RGB frame).
-    Views of `buffer`, valid until it is given back with `Source.release`.
+    rows (m, longest) uint8, m = n * steps * kinds: for run i its time steps, and within one, dx then dy (or one RGB
+    frame). Image j is rows[j, : sizes[j]]; what follows is left over from other images, and decoders, which stop at an
+    image's end, do not look at it. One array, because a graph takes 3 us for each of many, and 20 are but one stack.
+    Valid until given back with `Source.release`.
     video, first (n,): row of the index and first frame or field of each run
     """
 
-    images: list[npt.NDArray[np.uint8]]
+    rows: npt.NDArray[np.uint8]
+    sizes: Ints
     video: Ints
     first: Ints
     steps: int
     buffer: bytearray
+
+    def images(self) -> list[npt.NDArray[np.uint8]]:
+        """The images alone."""
+        return [row[:size] for row, size in zip(self.rows, self.sizes.tolist(), strict=True)]
 
 
 class Source:
@@ -75,32 +87,48 @@ class Source:
 
         Raises ShardError for a damaged member.
         """
-        reads = list(self._reads(video, first, steps))
-        buffer = self._buffer(sum(read.end - read.begin for read in reads))
+        entries = self.entries(video, first, steps)
+        sizes = entries["size"].reshape(-1).astype(np.int64)
+        self._check_sizes(sizes, video, first, steps)
+        reads = list(self._reads(video, first, steps, entries))
+        longest = int(sizes.max(initial=0))
+        buffer = self._buffer(len(sizes) * longest)
         files = self._open_files({read.shard for read in reads})
-        images: list[npt.NDArray[np.uint8]] = []
         try:
             for read in reads:  # what is not in the system's cache is fetched many pieces at a time, ahead of need
                 os.posix_fadvise(files[read.shard], read.begin, read.end - read.begin, os.POSIX_FADV_WILLNEED)
             at = 0
             for read in reads:
-                images += self._read(read, files[read.shard], buffer, at)
-                at += read.end - read.begin
+                self._read(read, files[read.shard], buffer, at, longest)
+                at += read.entries.size * longest
         finally:
             for file in files.values():
                 os.close(file)
-        return Encoded(images, video, first, steps, buffer)
+        rows = np.frombuffer(buffer, np.uint8, len(sizes) * longest).reshape(len(sizes), longest)
+        return Encoded(rows, sizes, video, first, steps, buffer)
+
+    def _check_sizes(self, sizes: Ints, video: Ints, first: Ints, steps: int) -> None:
+        """Raise ShardError for an index whose sizes would make us ask for more memory than images can need."""
+        kinds = len(self.spec.kinds)
+        pixels = np.repeat(self.index.heights[video] * self.index.widths[video], steps * kinds)
+        allowed = pixels * (6 if kinds == 1 else 2) + 65_536
+        for image in np.flatnonzero(sizes > allowed)[:1].tolist():
+            step, kind = divmod(image, kinds)
+            run, step = divmod(step, steps)
+            raise ShardError(
+                f"{self.where(int(video[run]), int(first[run]) + step, kind)}: {sizes[image]} bytes by the index, no "
+                f"JPEG of this size has more than {allowed[image]}. {_REBUILD}"
+            )
 
     def release(self, encoded: Encoded) -> None:
         """Give an Encoded's buffer back: fresh memory for every batch would cost more than reading into it."""
         self._buffers.append(encoded.buffer)
 
-    def _reads(self, video: Ints, first: Ints, steps: int) -> Iterator["_Read"]:
+    def _reads(self, video: Ints, first: Ints, steps: int, entries: npt.NDArray[Any]) -> Iterator["_Read"]:
         """The contiguous pieces of runs, in order. Raises ShardError if one lies outside its shard."""
-        frames, entries = self.frames(video, first, steps), self.entries(video, first, steps)
         begins = entries["offset"].min(axis=2).tolist()
         ends = (entries["offset"] + entries["size"]).max(axis=2).tolist()
-        clips = (frames // CLIP_FRAMES).tolist()
+        clips = (self.frames(video, first, steps) // CLIP_FRAMES).tolist()
         for run, (row, start) in enumerate(zip(video.tolist(), first.tolist(), strict=True)):
             shard = int(self.index.shard[row])
             step = 0
@@ -114,27 +142,30 @@ class Source:
                 yield _Read(row, shard, start + step, begin, end, entries[run, step:stop])
                 step = stop
 
-    def _read(self, read: "_Read", file: int, buffer: bytearray, at: int) -> list[npt.NDArray[np.uint8]]:
-        """Checked images of one piece, read to buffer[at:]."""
-        content = memoryview(buffer)[at : at + read.end - read.begin]
-        size = os.preadv(file, [content], read.begin)
-        kinds = len(self.spec.kinds)
+    def _read(self, read: "_Read", file: int, buffer: bytearray, at: int, longest: int) -> None:
+        """Read the images of one piece to buffer[at:], one every `longest` bytes, and check them."""
+        kinds, content = len(self.spec.kinds), memoryview(buffer)
+        keys = ("offset", "size", "crc32")
+        members = list(zip(*(read.entries[key].reshape(-1).tolist() for key in keys), strict=True))
+        begins = range(at, at + len(members) * longest, longest)
+        rows = [content[begin : begin + size] for begin, (_, size, _) in zip(begins, members, strict=True)]
+        repeated = [i for i in range(kinds, len(members)) if members[i][0] == members[i - kinds][0]]
+        once = len(members) - len(repeated)  # only a last field is repeated
+        end = _scatter(file, [offset for offset, _, _ in members[:once]], rows[:once])
+        for i in repeated:
+            rows[i][:] = rows[i - kinds]
         expected = (int(self.index.heights[read.video]), int(self.index.widths[read.video]), 3 if kinds == 1 else 1)
         header = self._headers.get(expected, b"-")
-        flat = read.entries.reshape(-1)
-        images = []
-        for i, (offset, length, crc32) in enumerate(
-            zip(flat["offset"].tolist(), flat["size"].tolist(), flat["crc32"].tolist(), strict=True)
-        ):
-            begin = at + offset - read.begin
-            jpeg = content[begin - at : max(begin - at, min(begin - at + length, size))]
-            wrong = damage(jpeg, length, crc32)
+        for i, (begin, row, (offset, size, crc32)) in enumerate(zip(begins, rows, members, strict=True)):
+            wrong = damage(row[: max(0, end - offset)], size, crc32)
             if not wrong and not buffer.startswith(header, begin):
-                wrong = self._wrong_size(jpeg, expected)
+                wrong = self._wrong_size(row, expected)
+            if not wrong and not buffer.startswith(_JPEG_END, begin + size - len(_JPEG_END)):
+                wrong = (
+                    "no end-of-image marker at its end: a decoder would run on into other bytes. Pack the set again."
+                )
             if wrong:
                 raise ShardError(f"{self.where(read.video, read.first + i // kinds, i % kinds)}: {wrong}")
-            images.append(np.frombuffer(buffer, np.uint8, length, begin))
-        return images
 
     def _wrong_size(self, jpeg: memoryview, expected: tuple[int, int, int]) -> str:
         """What is wrong with a JPEG's coded (height, width, channels); empty if they are the expected ones.
@@ -192,6 +223,27 @@ class Source:
         with self._lock:
             while self._files:
                 os.close(self._files.popitem()[1])
+
+
+def _scatter(file: int, offsets: list[int], rows: list[memoryview]) -> int:
+    """Fill each row with the bytes at its offset, what lies between them being read and thrown away: one read, unless
+    there are very many or they lie far apart. Returns where the file ended, or the end of the last row.
+
+    Rows that overlap, as only a damaged index has them, begin a new read.
+    """
+    begin = end = offsets[0]
+    parts: list[memoryview] = []
+    for offset, row in zip(offsets, rows, strict=True):
+        between = offset - end
+        if not 0 <= between <= len(_SCRATCH) or len(parts) > _MAX_PARTS:
+            if (got := begin + os.preadv(file, parts, begin)) < end:
+                return got
+            begin, parts, between = offset, [], 0
+        if between:
+            parts.append(_SCRATCH[:between])
+        parts.append(row)
+        end = offset + len(row)
+    return begin + os.preadv(file, parts, begin)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from loaders.index import open_index
 from tests.conftest import pack_arrays
 
 SPEC = StreamSpec(stream="temporal", L=10, crop_px=56)
+WINDOWS = StreamSpec(stream="temporal", L=10, crop_px=56, stacks_per_window=4)
 RGB = StreamSpec(stream="spatial", crop_px=56)
 NUM_JPEGS = 1280
 
@@ -27,9 +28,9 @@ def copy(packed, tmp_path):
     return shutil.copytree(packed, tmp_path / "set")
 
 
-def first_member(index, kind="dx"):
-    """A member that the first batch of seed 0 holds: (shard's path, offset, size, image within the batch)."""
-    spec = RGB if kind == "rgb" else SPEC
+def first_member(index, kind="dx", spec=None):
+    """A member that the first batch of seed 0 holds: (shard's path, offset, size)."""
+    spec = spec or (RGB if kind == "rgb" else SPEC)
     batch_size = NUM_JPEGS // spec.num_images
     draw = draw_batch(0, 0, population(index, index.split("split1_train"), spec), spec, batch_size)
     row = index.first_row[draw.video[40]] + draw.tau[40]
@@ -72,9 +73,9 @@ def one_shard(tmp_path, arrays):
     return pack_arrays(tmp_path / "one", arrays, videos_per_shard=100)
 
 
-def replace_member(root, content, kind="dx"):
+def replace_member(root, content, kind="dx", spec=None):
     """Put other bytes in a member's place and make the index agree, as a broken writer would have left it."""
-    path, offset, size = first_member(open_index(root), kind)
+    path, offset, size = first_member(open_index(root), kind, spec)
     overwrite(path, offset, content)
     index = root / "index.bin"
     raw = index.read_bytes()
@@ -99,10 +100,20 @@ def test_a_jpeg_of_another_size_never_reaches_the_decoder(one_shard, kind, spec,
 
 
 @pytest.mark.parametrize("kind, spec", [("dx", SPEC), ("rgb", RGB)])
-def test_an_undecodable_scan_is_named_though_its_crc_is_right(one_shard, kind, spec):
-    """What the source cannot see, the decoder reports by the image's number in the batch; that becomes the member."""
+def test_a_cut_jpeg_never_reaches_the_decoder(one_shard, kind, spec):
+    """Its CRC is right, but the decoder would go on reading what stands behind it."""
     path, offset, size = first_member(open_index(one_shard), kind)
     replace_member(one_shard, path.read_bytes()[offset : offset + size // 2], kind)
+    with pytest.raises(ShardError, match=rf"{path.name}: .*\.{kind}\.jpg at offset {offset}: no end-of-image marker"):
+        load_first(one_shard, spec)
+
+
+@pytest.mark.parametrize("kind, spec", [("dx", SPEC), ("dx", WINDOWS), ("rgb", RGB)])
+def test_what_the_decoder_cannot_decode_is_named(one_shard, kind, spec):
+    """A JPEG of a lossless process: the decoder reports it by its number in the batch; that becomes the member."""
+    path, offset, size = first_member(open_index(one_shard), kind, spec)
+    jpeg = path.read_bytes()[offset : offset + size]
+    replace_member(one_shard, jpeg.replace(b"\xff\xc0", b"\xff\xc3", 1), kind, spec)
     with pytest.raises(ShardError, match=rf"{path.name}: .*\.{kind}\.jpg at offset {offset}: no decodable JPEG"):
         load_first(one_shard, spec)
 

@@ -235,7 +235,10 @@ def test_a_crop_larger_than_a_video_is_refused(packed):
 
 @pytest.mark.parametrize("k", [1, 4])
 def test_memory_stays_what_it_was(packed, k):
-    """After many batches the process holds what it held after some, within a few batches of 1.5 MB."""
+    """After many batches the process holds what it held after some; lost bytes of each batch would be 100 MB and more.
+
+    What may still grow is the number of free windows of each of the four sizes, up to the most that were ever in use.
+    """
     index = open_index(packed)
     spec = StreamSpec(stream="temporal", L=4, crop_px=56, stacks_per_window=k)
 
@@ -249,4 +252,4 @@ def test_memory_stays_what_it_was(packed, k):
         before = resident_bytes()
         for _ in range(600):
             next(loader)
-        assert resident_bytes() < before + 8e6
+        assert resident_bytes() < before + 24e6
