@@ -2,7 +2,6 @@
 of which it knows how, and which is there."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 RESULTS = Path(__file__).resolve().parent / "results"
+PAPER = (4, 3.2)  # GPUs and speed-up (sec. 5)
 OURS, PEERS, REFERENCE, CEILINGS = "#c0392b", "#5d7289", "#a9b6c2", "#ffffff"
 
 
@@ -71,19 +71,48 @@ def _bars(axis: Any, rows: list[dict[str, Any]]) -> None:
     axis.spines[["top", "right", "left"]].set_visible(False)
 
 
-CHARTS: dict[str, Callable[[dict[str, Any]], Figure]] = {"loader_throughput": throughput_chart}
+def scaling_chart(result: dict[str, Any]) -> Figure:
+    """Speed-up against n, measured and projected, beside the ideal and the paper's."""
+    figure = Figure(figsize=(6.4, 4.8), layout="constrained")
+    axes = figure.subplots()
+    projected = [row for row in result["projection"] if row["gradient_compression"] == "none"]
+    most = max(row["n"] for row in projected + result["rows"])
+    axes.plot([1, most], [1, most], color="0.7", label="ideal")
+    for data, color in (("resident", "tab:blue"), ("loader", "tab:orange")):
+        rows = [row for row in projected if row["data"] == data]
+        label = f"projection (not measured), {data}"
+        axes.plot([r["n"] for r in rows], [r["speedup"] for r in rows], "--", color=color, alpha=0.6, label=label)
+        for mode, marker in (("strong", "o"), ("weak", "^")):
+            rows = [row for row in result["rows"] if (row["mode"], row["data"]) == (mode, data)]
+            points = [row["n"] for row in rows], [row["speedup"] for row in rows]
+            axes.plot(*points, marker, color=color, label=f"measured, {mode} scaling, {data}")
+    axes.plot(*PAPER, "k*", markersize=11, label="the paper, 4 Titan GPUs: 3.2")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.yaxis.set_major_formatter("{x:.3g}")
+    axes.set_xlabel(f"devices; one is {result['device']}")
+    axes.set_ylabel("speed-up")
+    axes.set_title(f"Global batch {result['config']['train.batch_size']}, divided (strong) or each (weak)")
+    axes.legend(fontsize="small", loc="upper left")
+    axes.grid(alpha=0.3)
+    return figure
 
 
-def draw_charts(folder: Path = RESULTS) -> list[Path]:
-    """Draw every chart whose JSON is in the folder, beside it."""
-    drawn = []
-    for name, chart in CHARTS.items():
-        if (folder / f"{name}.json").exists():
-            figure = chart(json.loads((folder / f"{name}.json").read_text()))
-            drawn.append(folder / f"{name}.png")
-            figure.savefig(drawn[-1], dpi=150)
+CHARTS: dict[str, Callable[[dict[str, Any]], Figure]] = {
+    "loader_throughput": throughput_chart,
+    "scaling": scaling_chart,
+}
+
+
+def draw_chart(name: str, path: Path) -> Path:
+    """Draw the chart of a result beside it. name: of the chart, a key of CHARTS; path: the result's JSON."""
+    drawn = path.with_suffix(".png")
+    CHARTS[name](json.loads(path.read_text())).savefig(drawn, dpi=150)
     return drawn
 
 
 if __name__ == "__main__":
-    sys.stdout.writelines(f"drew {path}\n" for path in draw_charts())
+    for name in CHARTS:
+        if (RESULTS / f"{name}.json").exists():
+            print(f"drew {draw_chart(name, RESULTS / f'{name}.json')}")

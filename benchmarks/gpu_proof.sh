@@ -4,7 +4,7 @@
 #   benchmarks/gpu_proof.sh [--device cuda|cpu] [--data PACKED] [--out DIR] [--quick]
 #
 # Needs one GPU, Python, torch, DALI (on PYTHONPATH is enough), OpenCV, scikit-learn, PyYAML, TensorBoard, tqdm, psutil,
-# webdataset and pytest; no network. About nine minutes. A step that fails does not stop the others; the exit status is
+# matplotlib, webdataset and pytest; no network. About nine minutes. A step that fails does not stop the others; the exit status is
 # that of the worst. Results are JSON in DIR (default benchmarks/results), on disk as soon as they are known.
 # `--device cpu --quick` runs the same steps on a machine without a GPU, to test their logic.
 set -uo pipefail
@@ -22,7 +22,7 @@ while [ $# -gt 0 ]; do
         *) echo "gpu_proof.sh: unknown argument $1; known: --device --data --out --quick" >&2; exit 2 ;;
     esac
 done
-"$PYTHON" -c 'import cv2, nvidia.dali, psutil, pytest, sklearn, torch, torch.utils.tensorboard, tqdm, webdataset, yaml' || {
+"$PYTHON" -c 'import cv2, matplotlib, nvidia.dali, psutil, pytest, sklearn, torch, torch.utils.tensorboard, tqdm, webdataset, yaml' || {
     echo "gpu_proof.sh: a package is missing (see above); carry it on PYTHONPATH" >&2
     exit 2
 }

@@ -247,6 +247,8 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(
         signal.SIGTERM, lambda *_: sys.exit("terminated")
     )  # not without ending the rows, which may be stopped
+    from charts import draw_chart  # here: every row's process imports this file
+
     table: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -264,7 +266,7 @@ def main(argv: list[str] | None = None) -> int:
             f"{row['stream']:9} {row['name']:17} {rate['median']:8.0f} samples/s ({rate['min']:.0f}-{rate['max']:.0f})"
             f"  {row['setting']}"
         )
-    print(f"written to {arguments.out}")
+    print(f"written to {arguments.out} and {draw_chart('loader_throughput', arguments.out)}")
     return 0
 
 

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,6 +62,71 @@ def throughput_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def windows_table(result: dict[str, Any]) -> str:
+    lines = ["| k | accuracy | 95 % interval | paired difference to k = 1 | waits for data |", "| --- |" + " --- |" * 4]
+    for row in result["rows"]:
+        low, high = row["interval_95_pct"]
+        difference = UNKNOWN
+        if "difference" in row:
+            least, most = row["difference"]["interval_95_pct"]
+            difference = f"{row['difference']['pct']:+.1f} ({least:+.1f} to {most:+.1f})"
+        cells = [str(row["k"]), f"{row['pct']:.1f} %", f"{low:.1f} to {high:.1f} %", difference]
+        lines.append(f"| {' | '.join(cells)} | {row['data_wait_pct']:.1f} % |")
+    lines.append(
+        f"\n{result['num_videos']} test videos from {result['num_sources']} sources, {result['num_seeds']} seeds, "
+        f"{result['config']['resolved']['temporal.steps']} steps of {result['config']['resolved']['train.batch_size']}."
+    )
+    return "\n".join(lines)
+
+
+def train_step_table(result: dict[str, Any]) -> str:
+    lines = [
+        "| | ms a step | samples/s | to resident data | waits for data | of the peak | the loader alone, samples/s |",
+        "| --- |" + " --- |" * 6,
+    ]
+    for row in (row for row in result["rows"] if "error" not in row):
+        alone = row.get("loader_samples_per_s", {}).get("median")
+        cells = [f"`{row['name']}`", digits(1e3 * row["step_s"]["median"]), digits(row["samples_per_s"]["median"])]
+        cells += [f"{row['ratio_to_resident']:.3f}", f"{row['data_wait_pct']:.1f} %", f"{row['mfu_pct']:.0f} %"]
+        lines.append(f"| {' | '.join(cells)} | {digits(alone)} |")
+    return "\n".join(lines)
+
+
+def scaling_table(result: dict[str, Any]) -> str:
+    """The chart that `charts.py` draws, what was measured, and how well the model predicts it."""
+    errors = {(e["mode"], e["data"], e["n"]): e["error_pct"] for e in result["model_error"]}
+    lines = [
+        "![speed-up against the number of devices](benchmarks/results/scaling.png)\n",
+        "| scaling | data | processes | batch | ms a step | speed-up | the model's error |",
+        "| --- |" + " --- |" * 6,
+    ]
+    for row in result["rows"]:
+        error = errors.get((row["mode"], row["data"], row["n"]))
+        cells = [row["mode"], row["data"], str(row["n"]), str(row["batch_size"])]
+        cells += [digits(1e3 * row["step_s"]["median"]), f"{row['speedup']:.2f}"]
+        lines.append(f"| {' | '.join(cells)} | {UNKNOWN if error is None else f'{error:+.0f} %'} |")
+    return "\n".join(lines)
+
+
+def footprint_table(result: dict[str, Any]) -> str:
+    opened = [row for row in result["rows"] if row["case"] == "open"]
+    seconds = median(row["first_batch_s"] for row in opened)
+    lines = [
+        "| | |",
+        "| --- | --- |",
+        f"| {opened[0]['videos']:,} videos: from opening to the first batch | {seconds:.1f} s |",
+        f"| the same: memory beyond the libraries, queue of batches included "
+        f"| {num_bytes(median(row['resident_bytes'] for row in opened))} |",
+    ]
+    for row in (row for row in result["rows"] if row["case"] == "keep"):
+        early, late = (value for key, value in row.items() if key.startswith("resident_bytes_after_"))
+        lines.append(
+            f"| k = {row['k']}: resident memory after {row['batches'] // 10:,} and after {row['batches']:,} batches "
+            f"| {num_bytes(early)}, {num_bytes(late)} |"
+        )
+    return "\n".join(lines)
+
+
 def num_bytes(value: float | None) -> str:
     """Bytes, in the largest decimal unit of which there is one."""
     if value is None:
@@ -82,6 +148,10 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "accuracy": ("accuracy_ucf101_mini.json", accuracy_table),
     "confusion": ("accuracy_ucf101_mini.json", confusion_table),
     "throughput": ("loader_throughput.json", throughput_table),
+    "windows": ("windows_accuracy.json", windows_table),
+    "footprint": ("footprint.json", footprint_table),
+    "train_step": ("train_step.json", train_step_table),
+    "scaling": ("scaling.json", scaling_table),
 }
 
 

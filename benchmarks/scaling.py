@@ -27,6 +27,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from charts import draw_chart
 from common import RESULTS, demo_set, describe_data, write_result
 from scaling_model import (
     BYTES,
@@ -59,10 +60,6 @@ from loaders.batch import Batch
 from loaders.index import open_index
 from train.config import to_flat
 from train.dist import Machines, World, launch
-
-#: GPUs and speed-up of the paper (sec. 5).
-PAPER = (4, 3.2)
-
 
 # --- one launch, in n processes ----------------------------------------------------------------------------------
 
@@ -143,36 +140,6 @@ def analyse(found: dict[int, list[dict[str, Any]]], options: argparse.Namespace)
         "projection": project(parts, options.batch_size, loader),
         "model_error": model_errors(rows, parts, links, loaders),
     }
-
-
-def draw(result: dict[str, Any], path: Path) -> None:
-    """Chart of a result: speed-up against n, measured and projected, beside the ideal and the paper's."""
-    from matplotlib.figure import Figure  # not for every process of a launch
-
-    figure = Figure(figsize=(6.4, 4.8), layout="constrained")
-    axes = figure.subplots()
-    projected = [row for row in result["projection"] if row["gradient_compression"] == "none"]
-    most = max(row["n"] for row in projected + result["rows"])
-    axes.plot([1, most], [1, most], color="0.7", label="ideal")
-    for data, color in (("resident", "tab:blue"), ("loader", "tab:orange")):
-        rows = [row for row in projected if row["data"] == data]
-        label = f"projection (not measured), {data}"
-        axes.plot([r["n"] for r in rows], [r["speedup"] for r in rows], "--", color=color, alpha=0.6, label=label)
-        for mode, marker in (("strong", "o"), ("weak", "^")):
-            rows = [row for row in result["rows"] if (row["mode"], row["data"]) == (mode, data)]
-            points = [row["n"] for row in rows], [row["speedup"] for row in rows]
-            axes.plot(*points, marker, color=color, label=f"measured, {mode} scaling, {data}")
-    axes.plot(*PAPER, "k*", markersize=11, label="the paper, 4 Titan GPUs: 3.2")
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log", base=2)
-    axes.xaxis.set_major_formatter("{x:.0f}")
-    axes.yaxis.set_major_formatter("{x:.3g}")
-    axes.set_xlabel(f"devices; one is {result['device']}")
-    axes.set_ylabel("speed-up")
-    axes.set_title(f"Global batch {result['config']['train.batch_size']}, divided (strong) or each (weak)")
-    axes.legend(fontsize="small", loc="upper left")
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
 
 
 def show(result: dict[str, Any]) -> None:
@@ -259,7 +226,7 @@ def main(argv: list[str] | None = None) -> int:
             if n == options.counts[-1]:
                 write(options, data, found)
     result = json.loads(options.out.read_text())
-    draw(result, options.out.with_suffix(".png"))
+    draw_chart("scaling", options.out)
     show(result)
     print(f"written to {options.out} and {options.out.with_suffix('.png')}")
     return 0

@@ -190,8 +190,6 @@ def test_ratios_are_of_medians():
 
 
 def test_the_script_writes_what_table_and_chart_are_made_from(packed_demo, tmp_path):
-    import charts  # here: every row's process imports this file
-
     out = tmp_path / "loader_throughput.json"
     command = [sys.executable, "benchmarks/loader_throughput.py", "--quick", "--data", packed_demo, "--out", out]
     names = ["ours_k1", "ours_k1_cold", "torch_dataloader", "ceiling_region", "ceiling_write"]
@@ -211,10 +209,7 @@ def test_the_script_writes_what_table_and_chart_are_made_from(packed_demo, tmp_p
 
     table = readme.throughput_table(result).split("\n\n")[1].split("\n")
     assert len(table) == 2 + len(result["rows"]) and {line.count("|") for line in table} == {10}
-    assert charts.draw_charts(tmp_path) == [tmp_path / "loader_throughput.png"]
     assert (tmp_path / "loader_throughput.png").read_bytes().startswith(b"\x89PNG")
-    (tmp_path / "empty").mkdir()
-    assert charts.draw_charts(tmp_path / "empty") == []
 
 
 def test_numbers_have_sensible_digits():
