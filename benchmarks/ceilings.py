@@ -18,7 +18,8 @@ from loaders.draw import Draw, draw_batch, population
 from loaders.index import Index, open_index
 from loaders.source import Encoded, Source
 
-#: Batches that stay in memory for the ceilings that decode, and extents for the one that reads: more than caches hold.
+#: Different batches that the ceilings take by turns: encoded ones in memory, and extents. Few, so that the processor's
+#: last cache may hold the encoded ones, which only raises a ceiling.
 _NUM_DECODED, _NUM_READ = 3, 32
 
 
@@ -40,15 +41,16 @@ def ceiling_region(job: Job) -> Iterator[None]:
     import nvidia.dali.types as types
     from nvidia.dali import pipeline_def
 
-    images = [encoded.images() for encoded in _encoded(job)]
+    rows = [encoded.rows for encoded in _encoded(job)]  # one array a batch, not copied, as the loader feeds them
     starts = [np.repeat(draw.crop, job.spec.num_images, axis=0).astype(np.int32) for draw in _draws(job, _NUM_DECODED)]
-    batches = list(zip(images, starts, strict=True))
+    batches = list(zip(rows, starts, strict=True))
     color, side = types.RGB if job.spec.stream == "spatial" else types.GRAY, job.spec.crop_px
 
     @pipeline_def(batch_size=job.batch_size * job.spec.num_images, num_threads=job.cores, device_id=None)
     def build() -> Any:
         source = (batches[i % len(batches)] for i in count())
-        jpeg, start = fn.external_source(source=source, num_outputs=2, dtype=[types.UINT8, types.INT32], ndim=1)
+        inputs = {"num_outputs": 2, "dtype": [types.UINT8, types.INT32], "ndim": 1, "no_copy": True}
+        jpeg, start = fn.external_source(source=source, **inputs)
         return fn.decoders.image_slice(jpeg, start=start, shape=[side, side], axes=[0, 1], output_type=color)
 
     pipeline = build()

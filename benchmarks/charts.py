@@ -18,8 +18,9 @@ def throughput_chart(result: dict[str, Any]) -> Figure:
 
     Bars of ceilings far above everything else are cut off at the frame, with their value beside it.
     """
-    streams = list(dict.fromkeys(row["stream"] for row in result["rows"]))
-    panels = [[row for row in result["rows"] if row["stream"] == stream] for stream in streams]
+    shown = [row for row in result["rows"] if "error" not in row]
+    streams = list(dict.fromkeys(row["stream"] for row in shown))
+    panels = [[row for row in shown if row["stream"] == stream] for stream in streams]
     figure = Figure(figsize=(9, 1.2 + 0.3 * sum(map(len, panels))), layout="constrained")
     axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=[len(rows) for rows in panels])[:, 0]
     for axis, stream, rows in zip(axes, streams, panels, strict=True):

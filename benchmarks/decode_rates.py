@@ -3,10 +3,11 @@
     python benchmarks/decode_rates.py [--data PACKED] [--device cuda] [--quick]
 
 Cases: CPU decoder; GPU decoder (`mixed`) of whole frames; GPU decoder of the crop's region; half of the images by each
-(`shared`); all at two batch sizes. At the larger one also how much of the GPU's part goes to its JPEG unit. A GPU
-decoder may end its process, so each case runs in one of its own, and each result is on disk at once. A case runs the
-training graph over the same draws without reading (bytes are resident), so its rate is that of decoding and the affine
-map. max_code_difference is against the CPU's decoder, in 8-bit codes of the widest range in the batch.
+(`shared`). On the CPU all at two batch sizes; on a GPU at the larger one, where it is also tried how much of the GPU's
+part goes to its JPEG unit, and each decoder once on flow at the smaller one. A GPU decoder may end its process, so each
+case runs in one of its own, and each result is on disk at once. A case runs the training graph over the same draws
+without reading (bytes are resident), so its rate is that of decoding and the affine map. max_code_difference is against
+the CPU's decoder, in 8-bit codes of the widest range in the batch.
 """
 
 import argparse
@@ -106,15 +107,17 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def cases(device: str, quick: bool) -> Iterator[dict[str, Any]]:
-    """Stream, batch size and graph of every case."""
-    batch_sizes = (8,) if quick else (64, 256)
-    for stream, batch_size in product(("temporal", "spatial"), batch_sizes):
-        graphs = GRAPHS[device]
-        if device == "cuda" and (stream, batch_size) == ("temporal", batch_sizes[-1]):
-            graphs = graphs + [replace(graphs[1], hardware_load=load) for load in HARDWARE_LOADS]
-        for graph in graphs:
-            case: dict[str, Any] = {"stream": stream, "batch_size": batch_size, "region": int(graph.region)}
-            yield case | {key: getattr(graph, key) for key in ("device", "decoder", "hardware_load")}
+    """Stream, batch size and graph of every case, the most valuable first."""
+    graphs, streams, (small, large) = GRAPHS[device], ("temporal", "spatial"), (8, 8) if quick else (64, 256)
+    if device == "cpu":
+        tried = list(product(streams, (large,) if quick else (large, small), graphs))
+    else:
+        tried = list(product(streams, (large,), graphs))
+        tried += [("temporal", large, replace(graphs[1], hardware_load=load)) for load in HARDWARE_LOADS]
+        tried += [("temporal", small, graph) for graph in {graph.decoder: graph for graph in graphs[::-1]}.values()]
+    for stream, batch_size, graph in tried:
+        case: dict[str, Any] = {"stream": stream, "batch_size": batch_size, "region": int(graph.region)}
+        yield case | {key: getattr(graph, key) for key in ("device", "decoder", "hardware_load")}
 
 
 def run_case(case: dict[str, Any], options: argparse.Namespace, data: Path) -> dict[str, Any]:

@@ -4,8 +4,9 @@
 #   benchmarks/gpu_proof.sh [--device cuda|cpu] [--data PACKED] [--out DIR] [--quick]
 #
 # Needs one GPU, Python, torch, DALI (on PYTHONPATH is enough), OpenCV, scikit-learn, PyYAML, TensorBoard, tqdm, psutil,
-# matplotlib, webdataset and pytest; no network. About nine minutes. A step that fails does not stop the others; the exit status is
-# that of the worst. Results are JSON in DIR (default benchmarks/results), on disk as soon as they are known.
+# matplotlib, webdataset and pytest; no network. Nine minutes at most: each step has its budget of seconds, and is ended
+# when that is spent, with status 124. A step that fails does not stop the others; the exit status is that of the worst.
+# Results are JSON in DIR (default benchmarks/results), on disk as soon as they are known.
 # `--device cpu --quick` runs the same steps on a machine without a GPU, to test their logic.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -30,27 +31,33 @@ mkdir -p "$out"
 worst=0
 GPU_TESTS=(tests/test_loaders.py tests/test_windows.py tests/test_probe.py tests/test_meter.py tests/test_launch.py)
 
-step() { # name, command...
-    local name=$1 status=0
-    shift
-    echo "== $name"
-    timeout 180 "$@" || status=$?
+step() { # name, seconds, command...
+    local name=$1 budget=$2 status=0
+    shift 2
+    echo "== $name, at most $budget s"
+    timeout --kill-after=5 "$budget" "$@" || status=$?
     printf '{"step": "%s", "exit_status": %d, "seconds": %d}\n' "$name" "$status" "$SECONDS" >> "$out/gpu_proof.jsonl"
     if [ "$status" -gt "$worst" ]; then worst=$status; fi
 }
 
 : > "$out/gpu_proof.jsonl"
 if [ "$device" = cuda ]; then
-    step gpu_tests env REQUIRE_GPU=1 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider "${GPU_TESTS[@]}"
+    tests=(env REQUIRE_GPU=1 "$PYTHON" -m pytest -q -m gpu "${GPU_TESTS[@]}")
+    throughput=(--rows ours_k1 ours_k4 ours_k8 torch_dataloader dali_textbook ceiling_decode ceiling_write --workers 8 16)
+    machines=(--gpus 1)
 else
-    step gpu_tests "$PYTHON" -m pytest -q -k "equal_the_reference and spatial and cpu" -p no:cacheprovider tests/test_loaders.py
+    tests=("$PYTHON" -m pytest -q -k "equal_the_reference and spatial and cpu" tests/test_loaders.py)
+    throughput=() machines=(--procs 1)
 fi
-step decode_rates "$PYTHON" benchmarks/decode_rates.py --device "$device" "${data[@]}" "${quick[@]}" --out "$out/decode_rates_$device.json"
-for stream in temporal spatial; do # one may crash: a process and a file for each
-    step "loader_throughput_$stream" "$PYTHON" benchmarks/loader_throughput.py --device "$device" --streams "$stream" --rounds 3 \
-        --seconds 2 "${data[@]}" "${quick[@]}" --out "$out/loader_throughput_${device}_$stream.json"
+common=("${data[@]}" "${quick[@]}")
+
+step gpu_tests 110 "${tests[@]}" -p no:cacheprovider
+step decode_rates 120 "$PYTHON" benchmarks/decode_rates.py --device "$device" "${common[@]}" --out "$out/decode_rates_$device.json"
+for stream in temporal:90 spatial:60; do # one may crash: a process and a file for each
+    name=${stream%:*}
+    step "loader_throughput_$name" "${stream#*:}" "$PYTHON" benchmarks/loader_throughput.py --device "$device" --streams "$name" \
+        "${throughput[@]}" --rounds 2 --seconds 1.5 "${common[@]}" --out "$out/loader_throughput_${device}_$name.json"
 done
-step train_step "$PYTHON" benchmarks/train_step.py --device "$device" "${data[@]}" "${quick[@]}" --out "$out/train_step_$device.json"
-if [ "$device" = cuda ]; then machines=(--gpus 1); else machines=(--procs 1); fi
-step scaling "$PYTHON" benchmarks/scaling.py "${machines[@]}" "${data[@]}" "${quick[@]}" --out "$out/scaling_$device.json"
+step train_step 80 "$PYTHON" benchmarks/train_step.py --device "$device" --rounds 2 --steps 40 "${common[@]}" --out "$out/train_step_$device.json"
+step scaling 80 "$PYTHON" benchmarks/scaling.py "${machines[@]}" --rounds 1 --steps 20 "${common[@]}" --out "$out/scaling_$device.json"
 exit "$worst"

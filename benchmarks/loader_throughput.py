@@ -4,12 +4,13 @@
 
 Every row delivers training batches of the same kind: float32 (N, 2L, 224, 224) of stacked fields less their means, or
 (N, 3, 224, 224) of colour-jittered RGB, cropped and mirrored at random. Every row reports the views it delivered; in
-every round some of them are recomputed with the reference, and a row that differs ends the program.
+every round some of them are recomputed with the reference. A row that differs, or fails, is left out with its error,
+the others go on, and the exit status is 1.
 
     ours_k1, _k4, _k8 this project's loader; k stacks from each decoded window of L+k-1 fields (temporal)
     ours_k1_cold      --cold: the same, the shards evicted from the page cache before every round
-    torch_dataloader  torch's DataLoader over loose JPEG files, decoded by OpenCV in 1 to 4 workers, the best
-    webdataset        the `webdataset` package over the shards, OpenCV, 1 to 4 workers, the best; a stack of each clip
+    torch_dataloader  torch's DataLoader over loose JPEG files, OpenCV, the best of --workers
+    webdataset        the `webdataset` package over the shards, OpenCV, the best of --workers; a stack of each clip
                       read, so it reads far more than it decodes
     dali_textbook     a DALI graph with a decoder for every channel, of whole frames or of the crop, the better; always
                       the first L fields of a clip
@@ -30,7 +31,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -40,7 +41,7 @@ import ceilings
 import numpy as np
 import peers
 from common import RESULTS, demo_set, describe_data, write_result
-from row import Delivered, Job, Maker, Measured, RowProcess
+from row import Checked, Delivered, Job, Maker, Measured, RowError, RowProcess
 from tqdm import tqdm
 
 from loaders import reference
@@ -73,15 +74,14 @@ def _batches(module: Any, job: Job) -> Iterator[Delivered]:
     means = dict(seed=job.seed, batch_size=job.batch_size, device=job.device, num_threads=job.cores)
     with module.train_loader(index, index.split(job.split), job.spec, **means) as loader:
         for batch in loader:
-            yield Delivered(batch.inputs, batch.draw)
+            yield Delivered(batch.inputs, lambda batch=batch: batch.draw)
 
 
-def settings_of(name: str, job: Job, quick: bool) -> tuple[Maker, dict[str, Job]]:
+def settings_of(name: str, job: Job, arguments: argparse.Namespace) -> tuple[Maker, dict[str, Job]]:
     """What makes a row, and the settings of which the best is shown: description -> job."""
     one, on_all_cores = {"": job}, {"": replace(job, workers=job.cores)}
-    counts = (1,) if quick else (1, 2, 3, 4)
-    workers = {f"{n} worker{'s' * (n > 1)}": replace(job, workers=n) for n in counts}
-    regions = {"whole frames": job} | ({} if quick else {"crops": replace(job, region=True)})
+    workers = {f"{n} worker{'s' * (n > 1)}": replace(job, workers=n) for n in arguments.workers}
+    regions = {"whole frames": job} | ({} if arguments.quick else {"crops": replace(job, region=True)})
     match name:
         case "ours_k1" | "ours_k1_cold":
             return ours, {"": replace(job, cold=name == "ours_k1_cold")}
@@ -103,50 +103,68 @@ def settings_of(name: str, job: Job, quick: bool) -> tuple[Maker, dict[str, Job]
 def best_setting(name: str, make: Maker, settings: dict[str, Job], seconds: float) -> tuple[str, dict[str, float]]:
     """The fastest setting, and the samples/s that decided; nothing is measured if there is but one.
 
-    One after the other, each closed before the next: together they would not fit in memory.
+    One after the other, each closed before the next: together they would not fit in memory. A setting that fails is
+    skipped, with a message. Raises RowError if none is left.
     """
     rates: dict[str, float] = {}
+    errors = []
     for setting, job in settings.items() if len(settings) > 1 else ():
         with closing(RowProcess(f"{name}, {setting}", make, job)) as process:
-            process.wait()
-            rates[setting] = process.measure(seconds).samples_per_s
+            try:
+                process.wait()
+                rates[setting] = process.measure(seconds).samples_per_s
+            except RowError as error:
+                errors.append(str(error))
+                print(f"skipped: {error}", file=sys.stderr)
+    if len(errors) == len(settings):
+        raise RowError("\n".join(errors))
     return max(settings, key=lambda setting: rates.get(setting, 0.0)), rates
 
 
 def measure(
     rows: dict[str, tuple[Maker, Job]], index: Index, arguments: argparse.Namespace
-) -> Iterator[dict[str, list[Measured]]]:
-    """All turns of every row so far, after every round. A round takes each row in turn, at least `seconds` long.
-
-    Raises RowError for a row that fails, and ends the program for one that delivers something else than it says.
+) -> Iterator[tuple[dict[str, list[Measured]], dict[str, str]]]:
+    """After every round, all turns of every row so far, and the errors of those that failed or deliver something else
+    than they say: these have no turns. A round takes each row in turn, at least `seconds` long.
     """
     turns: dict[str, list[Measured]] = {name: [] for name in rows}
+    errors: dict[str, str] = {}
     with ExitStack() as stack:
         processes = {name: stack.enter_context(closing(RowProcess(name, *row))) for name, row in rows.items()}
-        for process in processes.values():
-            process.wait()
+
+        @contextmanager
+        def recorded(name: str) -> Iterator[None]:
+            try:
+                yield
+            except RowError as error:
+                errors[name] = str(error)
+                del turns[name]
+                processes[name].close()
+
+        for name, process in processes.items():
+            with recorded(name):
+                process.wait()
         for round_ in range(arguments.rounds):
-            for name, process in tqdm(processes.items(), f"round {round_ + 1} of {arguments.rounds}", disable=None):
-                turn = process.measure(arguments.seconds)
-                if turn.checked is not None:
-                    check(name, turn.checked, index, rows[name][1])
-                turns[name].append(replace(turn, checked=None))
-            yield turns
+            for name in tqdm(list(turns), f"round {round_ + 1} of {arguments.rounds}", disable=None):
+                with recorded(name):
+                    turn = processes[name].measure(arguments.seconds)
+                    if turn.checked is not None:
+                        check(name, turn.checked, index, rows[name][1])
+                    turns[name].append(replace(turn, checked=None))
+            yield turns, errors
 
 
-def check(name: str, delivered: Delivered, index: Index, job: Job) -> None:
-    """End the program unless the reference computes the same inputs from the views that the row reports."""
+def check(name: str, checked: Checked, index: Index, job: Job) -> None:
+    """Raise RowError unless the reference computes the same inputs from the views that the row reports."""
     spec = replace(job.spec, stacks_per_window=1)
-    with reference.ReferenceLoader(Source(index, spec), iter([delivered.draw]), device="cpu") as loader:
+    with reference.ReferenceLoader(Source(index, spec), iter([checked.draw]), device="cpu") as loader:
         expected = next(loader).inputs.numpy()
-    found = delivered.inputs
+    found = checked.inputs
     if found.shape != expected.shape or found.dtype != np.float32:
-        sys.exit(
-            f"row {name} delivers {found.dtype} {found.shape}; expected float32 {expected.shape}. It is not shown."
-        )
+        raise RowError(f"row {name} delivers {found.dtype} {found.shape}, not float32 {expected.shape}: not shown.")
     difference, allowed = float(np.abs(found - expected).max()), largest_difference(index, job)
     if not difference <= allowed:  # also if it is not a number
-        sys.exit(
+        raise RowError(
             f"row {name} delivers other inputs than the reference computes from the views that it reports: they differ "
             f"by up to {difference:.3g}, and {allowed:.3g} is allowed. Its rate means nothing and is not shown."
         )
@@ -205,19 +223,23 @@ def of_known(statistic: Any, values: list[Any]) -> Any:
 
 
 def measure_stream(stream: str, folder: Path, root: Path, arguments: argparse.Namespace) -> Iterator[list[dict]]:
-    """The table of one stream, after every round."""
+    """The table of one stream, after every round; rows that failed stand at its end, with their errors."""
     index, spec = open_index(root), StreamSpec(stream=stream, L=arguments.L, crop_px=arguments.crop_px)
     job = Job(root, arguments.split, folder / stream, spec, arguments.batch_size, arguments.cores, arguments.device)
     names = [name for name in arguments.rows if stream == "temporal" or name not in TEMPORAL_ONLY]
     if "torch_dataloader" in names:
         peers.write_loose_files(job.loose, index, index.split(job.split), spec.kinds)
-    rows, chosen = {}, {}
+    rows, chosen, unfit = {}, {}, {}
     for name in names:
-        make, settings = settings_of(name, job, arguments.quick)
-        chosen[name] = best_setting(name, make, settings, arguments.seconds)
-        rows[name] = make, settings[chosen[name][0]]
-    for turns in measure(rows, index, arguments):
-        yield summarise(stream, turns, chosen)
+        make, settings = settings_of(name, job, arguments)
+        try:
+            chosen[name] = best_setting(name, make, settings, arguments.seconds)
+            rows[name] = make, settings[chosen[name][0]]
+        except RowError as error:
+            unfit[name] = str(error)
+    for turns, errors in measure(rows, index, arguments):
+        failed = [{"stream": stream, "name": name, "error": error} for name, error in (unfit | errors).items()]
+        yield summarise(stream, turns, chosen) + failed
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -232,10 +254,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3.0, help="per row and round")
     parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)), help="threads of every row")
+    parser.add_argument("--workers", type=int, nargs="+", metavar="N", help="worker processes to try; default: 1 to 4")
     parser.add_argument("--out", type=Path, default=RESULTS / "loader_throughput.json")
     parser.add_argument("--quick", action="store_true", help="one short round on small crops: does it run?")
     arguments = parser.parse_args(argv)
     arguments.rows = arguments.rows or [name for name in NAMES if arguments.cold or name != "ours_k1_cold"]
+    arguments.workers = arguments.workers or ([1] if arguments.quick else [1, 2, 3, 4])
     arguments.L, arguments.crop_px = (2, 40) if arguments.quick else (10, 224)
     if arguments.quick:
         arguments.rounds, arguments.seconds, arguments.batch_size = 1, 0.2, 8
@@ -244,9 +268,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit("terminated")
-    )  # not without ending the rows, which may be stopped
+    # Not without ending the rows, which may be stopped:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
     from charts import draw_chart  # here: every row's process imports this file
 
     table: list[dict[str, Any]] = []
@@ -260,14 +283,17 @@ def main(argv: list[str] | None = None) -> int:
             for part in measure_stream(stream, folder, root, arguments):
                 table = done + part
                 write_result(arguments.out, config, rows=table)
-    for row in table:
+    for row in (row for row in table if "error" not in row):
         rate = row["samples_per_s"]
         print(
             f"{row['stream']:9} {row['name']:17} {rate['median']:8.0f} samples/s ({rate['min']:.0f}-{rate['max']:.0f})"
             f"  {row['setting']}"
         )
-    print(f"written to {arguments.out} and {draw_chart('loader_throughput', arguments.out)}")
-    return 0
+    failed = [row["error"] for row in table if "error" in row]
+    drawn = f" and {draw_chart('loader_throughput', arguments.out)}" if len(failed) < len(table) else ""
+    print(f"written to {arguments.out}{drawn}")
+    print(*failed, sep="\n", end="\n" * bool(failed), file=sys.stderr)
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

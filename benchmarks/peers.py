@@ -5,9 +5,10 @@ draw as this project does reports what it drew.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -22,41 +23,38 @@ from loaders.index import Index, open_index
 SHUFFLE_BUFFER = 64
 
 
-def component_input(codes: np.ndarray, stored: dict[str, float], negated: bool) -> np.ndarray:
-    """Network input of a component's codes, whose range and mean are stored with it. One pass over the window."""
-    sign = -FLOW_SCALE if negated else FLOW_SCALE
-    width, shift = sign * (stored["hi"] - stored["lo"]) / 255, sign * (stored["lo"] - stored["mean"])
-    return codes * np.float32(width) + np.float32(shift)
-
-
-def rgb_input(bgr: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """Network input (3, h, w) of OpenCV's (h, w, 3), with its colours jittered by `alpha` (3,)."""
-    offset = PCA_VECTORS @ (alpha * PCA_STD)
-    return (bgr[:, :, ::-1].transpose(2, 0, 1) + (offset - RGB_MEAN)[:, None, None]) / RGB_STD[:, None, None]
-
-
-def assemble(jpegs: list[Any], stored: list[dict[str, float]], draw: Draw, i: int, spec: StreamSpec) -> np.ndarray:
-    """Network input (C, crop, crop) float32 of sample i of `draw`, decoded by OpenCV.
+def assemble(
+    jpegs: list[Any], stored: list[Any], spec: StreamSpec, *, crop: np.ndarray, mirror: bool, alpha: np.ndarray
+) -> np.ndarray:
+    """Network input (C, crop, crop) float32 of one sample, as one writes it with OpenCV: each image is decoded, cropped
+    and mirrored while it is 8-bit codes, then multiplied and shifted in its place in the result.
 
     jpegs: its frame, or its 2L components in channel order, with `stored` their ranges and means.
     """
-    (y0, x0), side = draw.crop[i], spec.crop_px
-    window = np.s_[y0 : y0 + side, x0 : x0 + side]
+    (y0, x0), side = crop.tolist(), spec.crop_px
     sample = np.empty((spec.num_channels, side, side), np.float32)
+
+    def decoded(jpeg: Any, flag: int) -> np.ndarray:
+        codes = cv2.imdecode(jpeg, flag)[y0 : y0 + side, x0 : x0 + side]
+        return cv2.flip(codes, 1) if mirror else codes
+
     if spec.stream == "spatial":
-        sample[:] = rgb_input(cv2.imdecode(jpegs[0], cv2.IMREAD_COLOR)[window], draw.alpha[i])
+        blue, green, red = cv2.split(decoded(jpegs[0], cv2.IMREAD_COLOR))
+        shifts = (PCA_VECTORS @ (alpha * PCA_STD) - RGB_MEAN) / RGB_STD
+        for plane, factor, shift, out in zip((red, green, blue), 1 / RGB_STD, shifts, sample, strict=True):
+            multiply_add(plane, factor, shift, out)
     else:
-        for channel, jpeg in enumerate(jpegs):
-            codes = cv2.imdecode(jpeg, cv2.IMREAD_GRAYSCALE)[window]
-            sample[channel] = component_input(codes, stored[channel], bool(draw.mirror[i]) and channel % 2 == 0)
-    return np.ascontiguousarray(sample[:, :, ::-1]) if draw.mirror[i] else sample
+        for channel, (jpeg, of, out) in enumerate(zip(jpegs, stored, sample, strict=True)):
+            sign = -FLOW_SCALE if mirror and channel % 2 == 0 else FLOW_SCALE
+            factor, shift = sign * (of["hi"] - of["lo"]) / 255, sign * (of["lo"] - of["mean"])
+            multiply_add(decoded(jpeg, cv2.IMREAD_GRAYSCALE), factor, shift, out)
+    return sample
 
 
-def drawn_views(video: np.ndarray, tau: np.ndarray, crop: np.ndarray, mirror: np.ndarray, alpha: np.ndarray) -> Draw:
-    """The draw of n views that a peer drew itself: each is a window of its own."""
-    n = len(video)
-    windows = {"window": np.stack([np.zeros(n, np.int64), np.arange(n)], axis=1), "first": tau}
-    return Draw(video=video, tau=tau, crop=crop, mirror=mirror, alpha=alpha, valid=np.ones(n, bool), **windows)
+def multiply_add(codes: np.ndarray, factor: float, shift: float, out: np.ndarray) -> None:
+    """out = codes * factor + shift. Two passes over what a cache holds are a third faster than cv2.LUT with floats."""
+    np.multiply(codes, np.float32(factor), out=out)
+    out += np.float32(shift)
 
 
 # --- torch DataLoader over loose files ---------------------------------------------------------------------------
@@ -72,9 +70,8 @@ def write_loose_files(folder: Path, index: Index, rows: np.ndarray, kinds: tuple
                 for frame, entry in enumerate(index.entries[kind][first : first + int(index.num_frames[video])]):
                     if entry["size"]:
                         shard.seek(int(entry["offset"]))
-                        (folder / f"{video:06d}" / f"{kind}_{frame:05d}.jpg").write_bytes(
-                            shard.read(int(entry["size"]))
-                        )
+                        path = folder / f"{video:06d}" / f"{kind}_{frame:05d}.jpg"
+                        path.write_bytes(shard.read(int(entry["size"])))
 
 
 class LooseFiles(torch.utils.data.Dataset):
@@ -103,7 +100,8 @@ class LooseFiles(torch.utils.data.Dataset):
                 path = self.job.loose / f"{video:06d}" / f"{kind}_{frame:05d}.jpg"
                 jpegs.append(np.fromfile(path, np.uint8))
                 stored.append(self.index.entries[kind][self.index.first_row[video] + frame])
-        return torch.from_numpy(assemble(jpegs, stored, draw, slot, spec))
+        view = {"crop": draw.crop[slot], "mirror": bool(draw.mirror[slot]), "alpha": draw.alpha[slot]}
+        return torch.from_numpy(assemble(jpegs, stored, spec, **view))
 
 
 def torch_dataloader(job: Job) -> Iterator[Delivered]:
@@ -111,10 +109,20 @@ def torch_dataloader(job: Job) -> Iterator[Delivered]:
     data, pinned = LooseFiles(job), job.device == "cuda"
     loader = torch.utils.data.DataLoader(data, batch_size=job.batch_size, num_workers=job.workers, pin_memory=pinned)
     for step, inputs in enumerate(loader):
-        yield Delivered(inputs.to(job.device, non_blocking=True), data.draw(step))
+        yield Delivered(inputs.to(job.device, non_blocking=True), partial(data.draw, step))
 
 
 # --- webdataset --------------------------------------------------------------------------------------------------
+
+
+class View(NamedTuple):
+    """A sample that the webdataset peer chose. crop (2,): y0, x0 in px; alpha (3,): weights of colour components."""
+
+    video_id: str
+    tau: int
+    crop: np.ndarray
+    mirror: bool
+    alpha: np.ndarray
 
 
 def webdataset(job: Job) -> Iterator[Delivered]:
@@ -131,15 +139,16 @@ def webdataset(job: Job) -> Iterator[Delivered]:
     def choose(clips: Iterator[dict[str, Any]]) -> Iterator[Any]:
         rng = np.random.default_rng()  # another one in every worker
         for clip in clips:
-            if (chosen := choose_stack(clip, index, spec, rng)) is not None:
+            if (chosen := choose_stack(clip, spec, rng)) is not None:
                 yield chosen
 
-    def decode(chosen: tuple[Any, Any, Draw]) -> tuple[np.ndarray, Draw]:
-        return assemble(*chosen, 0, spec), chosen[2]
+    def decode(chosen: tuple[Any, Any, View]) -> tuple[np.ndarray, View]:
+        jpegs, stored, view = chosen
+        return assemble(jpegs, stored, spec, crop=view.crop, mirror=view.mirror, alpha=view.alpha), view
 
-    def collate(samples: list[tuple[np.ndarray, Draw]]) -> Delivered:
-        inputs, draws = zip(*samples, strict=True)
-        return Delivered(torch.from_numpy(np.stack(inputs)), concatenated(draws))
+    def collate(samples: list[tuple[np.ndarray, View]]) -> tuple[torch.Tensor, list[View]]:
+        inputs, views = zip(*samples, strict=True)
+        return torch.utils.data.default_collate(inputs), list(views)  # written once, where the main process reads it
 
     shards = [str(index.root / shard) for shard in index.shards]
     dataset = wds.WebDataset(
@@ -148,14 +157,14 @@ def webdataset(job: Job) -> Iterator[Delivered]:
     dataset = dataset.compose(choose).shuffle(SHUFFLE_BUFFER, initial=SHUFFLE_BUFFER).map(decode)
     dataset = dataset.batched(job.batch_size, collation_fn=collate, partial=False)
     loader = wds.WebLoader(dataset, batch_size=None, num_workers=job.workers, pin_memory=job.device == "cuda")
-    for batch in loader:
-        yield batch._replace(inputs=batch.inputs.to(job.device, non_blocking=True))
+    for inputs, views in loader:
+        yield Delivered(inputs.to(job.device, non_blocking=True), partial(draw_of, views, index))
 
 
 def choose_stack(
-    clip: dict[str, Any], index: Index, spec: StreamSpec, rng: np.random.Generator
-) -> tuple[list[np.ndarray], list[dict[str, float]], Draw] | None:
-    """A random view of a clip: its encoded images, their ranges and means, and the draw; None if it is too short."""
+    clip: dict[str, Any], spec: StreamSpec, rng: np.random.Generator
+) -> tuple[list[np.ndarray], list[dict[str, float]], View] | None:
+    """A random view of a clip: its encoded images, their ranges and means, and the view; None if it is too short."""
     header = json.loads(clip["json"])
     columns = [header["members"].get(kind) for kind in spec.kinds]
     if columns[0] is None or len(columns[0]["size"]) < spec.steps:
@@ -164,11 +173,10 @@ def choose_stack(
     border = [header["height"] - spec.crop_px + 1, header["width"] - spec.crop_px + 1]
     frames = range(tau, tau + spec.steps)
     jpegs = [clip[f"{t - header['first_frame']:03d}.{kind}.jpg"] for t in frames for kind in spec.kinds]
-    crop, mirror = rng.integers(border)[None], rng.random(1) < 0.5
-    alpha = rng.normal(0, PCA_ALPHA_STD, (1, 3)).astype(np.float32)
-    draw = drawn_views(index.rows([header["video_id"]]), np.array([tau]), crop, mirror, alpha)
+    alpha = rng.normal(0, PCA_ALPHA_STD, 3).astype(np.float32)
+    view = View(header["video_id"], tau, rng.integers(border), bool(rng.random() < 0.5), alpha)
     stored = [_stored(column, t) for t in frames for column in columns] if spec.stream == "temporal" else []
-    return [np.frombuffer(jpeg, np.uint8) for jpeg in jpegs], stored, draw
+    return [np.frombuffer(jpeg, np.uint8) for jpeg in jpegs], stored, view
 
 
 def _stored(column: dict[str, Any], frame: int) -> dict[str, float]:
@@ -176,9 +184,10 @@ def _stored(column: dict[str, Any], frame: int) -> dict[str, float]:
     return {key: column[key][frame - column["first"]] for key in ("lo", "hi", "mean")}
 
 
-def concatenated(draws: Any) -> Draw:
-    """One draw of many."""
-    return Draw(**{name: np.concatenate([getattr(draw, name) for draw in draws]) for name in vars(draws[0])})
+def draw_of(views: list[View], index: Index) -> Draw:
+    """The draw of a batch of views."""
+    video_ids, taus, crops, mirrors, alphas = zip(*views, strict=True)
+    return Draw.of_stacks(index.rows(video_ids), np.array(taus), np.stack(crops), np.array(mirrors), np.stack(alphas))
 
 
 # --- a textbook DALI graph ---------------------------------------------------------------------------------------
@@ -195,18 +204,29 @@ def dali_textbook(job: Job) -> Iterator[Delivered]:
     while True:
         images, texts, *drawn = pipeline.run()
         inputs = torch.from_dlpack(images.as_tensor())  # codes as float32, (n, 2L, crop, crop); or final RGB
-        headers = [json.loads(texts.at(i).tobytes()) for i in range(job.batch_size)]
-        y, x, mirror, alpha = (output.as_array() for output in drawn)
-        draw = drawn_views(
-            video=index.rows(header["video_id"] for header in headers),
-            tau=np.array([header["first_frame"] for header in headers]),
-            crop=_cut(headers, np.stack([y, x], axis=1), job.spec.crop_px),
-            mirror=mirror.astype(bool),
-            alpha=alpha,
-        )
+        headers = cache(partial(_headers, texts))  # parsed once, and for RGB only if someone asks for the views
         if job.spec.stream == "temporal":
-            _rescale(inputs, headers, draw.mirror)
-        yield Delivered(inputs, draw)
+            _rescale(inputs, headers(), drawn[2].as_array().astype(bool))
+        yield Delivered(inputs, partial(_textbook_draw, headers, drawn, index, job.spec))
+
+
+def _headers(texts: Any) -> list[dict[str, Any]]:
+    """The clips' parsed JSON."""
+    return [json.loads(texts.at(i).tobytes()) for i in range(len(texts))]
+
+
+def _textbook_draw(
+    headers: Callable[[], list[dict[str, Any]]], drawn: list[Any], index: Index, spec: StreamSpec
+) -> Draw:
+    """The draw of a batch of the textbook graph. drawn: its outputs after the images and the texts."""
+    y, x, mirror, alpha = (output.as_array() for output in drawn)
+    return Draw.of_stacks(
+        video=index.rows(header["video_id"] for header in headers()),
+        tau=np.array([header["first_frame"] for header in headers()]),
+        crop=_cut(headers(), np.stack([y, x], axis=1), spec.crop_px),
+        mirror=mirror.astype(bool),
+        alpha=alpha,
+    )
 
 
 def _textbook_graph(job: Job) -> Any:

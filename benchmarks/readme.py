@@ -46,7 +46,7 @@ def throughput_table(result: dict[str, Any]) -> str:
         "| to `ceiling_decode` | CPU s per 1,000 | peak memory | read per sample |",
         "| --- |" + " --- |" * 8,
     ]
-    for row in result["rows"]:
+    for row in (row for row in result["rows"] if "error" not in row):
         rate, name = row["samples_per_s"], f"`{row['name']}`" + (f", {row['setting']}" if row["setting"] else "")
         ratios = [row.get(f"ratio_to_{other}") for other in ("torch_dataloader", "best_peer", "ceiling")]
         cells = [

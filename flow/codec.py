@@ -145,6 +145,10 @@ def _decode(jpeg: bytes, mode: int) -> npt.NDArray[np.uint8]:
 _SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 
 
+#: The end-of-image marker: what a JPEG ends with.
+JPEG_END = b"\xff\xd9"
+
+
 def coded_size(jpeg: bytes) -> tuple[int, int, int]:
     """Size (height, width, channels) that a JPEG's header claims. Raises ValueError as `frame_header` does."""
     return frame_header(jpeg)[0]

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from flow.codec import coded_size, decode_grey, decode_rgb
+from flow.codec import JPEG_END, coded_size, decode_grey, decode_rgb
 from flow.index import build_index, load_index, scan_shards
 from flow.pool import default_num_workers, run_pool
 from flow.shard import CLIP_FRAMES, KINDS, ShardError, check_member, member_name, read_clips
@@ -161,6 +161,8 @@ def _check(file: BinaryIO, task: ShardTask, place: MemberPlace, report: ShardRep
             found = (*image.shape[:2], found[2])
         if found != expected:
             raise ValueError(f"coded size {found}, expected {expected} (height, width, channels)")
+        if not content.endswith(JPEG_END):
+            raise ValueError(f"it ends with {content[-2:].hex()}, a JPEG with {JPEG_END.hex()}")
     except ValueError as error:
         report.damages.append(f"{task.name}: {place.name} at offset {place.offset} was written damaged: {error}")
 

@@ -5,91 +5,28 @@ with windows                                     ─ decode graph ─ WindowPool
 """
 
 import re
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
 import torch
 
 from flow.shard import ShardError
 from loaders import pipeline as graphs
 from loaders.batch import Batch, StreamSpec
-from loaders.draw import VIEWS, Draw, Ints, enumerate_views, num_view_batches, population, rank_draws
+from loaders.draw import Draw, Ints, population, rank_draws
+from loaders.graph import FedGraph, InUse, to_device
 from loaders.index import Index
 from loaders.pipeline import Graph
-from loaders.probe import choose_graph
+from loaders.probe import choose_graph, samples_per_s
 from loaders.reader import Reader, Request, requests
-from loaders.source import Source
+from loaders.source import Encoded, Source
+from loaders.views import VIEWS, enumerate_views, num_view_batches
 from loaders.windows import WindowPool, cut_stacks, to_inputs
-
-
-class _Graph:
-    """A DALI graph fed by a function, and what it was fed for each batch that is still inside.
-
-    feed returns the inputs, and whatever the caller wants back with the batch's output.
-    """
-
-    def __init__(self, make: Callable[..., Any], feed: Callable[[], tuple[tuple[Any, ...], Any]], *arguments: Any):
-        self._inside: deque[tuple[tuple[Any, ...], Any]] = deque()
-        self._feed = feed
-        self._pipeline: Any = make(*arguments, self._next_inputs)
-
-    def _next_inputs(self) -> tuple[Any, ...]:
-        self._inside.append(self._feed())  # the graph does not copy its inputs: they have to live until it is done
-        return self._inside[-1][0]
-
-    def run(self) -> tuple[Any, Any]:
-        """The next batch: the graph's outputs, and what `feed` returned with its inputs."""
-        outputs = self._pipeline.run()
-        return outputs, self._inside.popleft()[1]
-
-    @property
-    def failing(self) -> Any:
-        """What `feed` returned for the batch that `run` could not make."""
-        return self._inside[0][1] if self._inside else None
-
-    def close(self) -> None:
-        self._pipeline = None
-        self._inside.clear()
-
-
-class _InUse:
-    """Keeps a graph's outputs until the GPU has read them.
-
-    torch reads them on its own stream, and the host, which runs ahead, drops them before that has happened; the graph
-    would fill their memory with a later batch. On the CPU there is nothing to wait for.
-    """
-
-    #: Outputs that may be kept at a time; for more the host waits.
-    LIMIT = 4
-
-    def __init__(self, device: str):
-        self._on_gpu = device == "cuda"
-        self._delivered: Any = None
-        self._kept: deque[tuple[Any, Any]] = deque()
-
-    def deliver(self, batch: Batch) -> Batch:
-        """Hand out a batch, to be kept from the next call of `keep_delivered` on."""
-        self._delivered = batch if self._on_gpu else None
-        return batch
-
-    def keep_delivered(self) -> None:
-        """To be called when the batch's reader has queued all that it does with it."""
-        self.keep(self._delivered)
-        self._delivered = None
-
-    def keep(self, outputs: Any) -> None:
-        """Keep outputs until what has been queued so far, which may read them, is done."""
-        if not self._on_gpu or outputs is None:
-            return
-        done = torch.cuda.Event()
-        done.record()
-        self._kept.append((done, outputs))
-        while self._kept and (len(self._kept) > self.LIMIT or self._kept[0][0].query()):
-            self._kept.popleft()[0].synchronize()
 
 
 class DaliLoader:
@@ -109,30 +46,26 @@ class DaliLoader:
         num_batches: int | None = None,
         num_left_out: int = 0,
     ):
-        self._source = source
-        self._spec = source.spec
-        self._graph = graph
+        self._source, self._spec, self._graph = source, source.spec, graph
         self._num_batches = num_batches
         self.num_left_out = num_left_out
-        self._reader = Reader(source, requests(draws, self._spec, start_step, views=num_batches is not None))
+        views = num_batches is not None
+        self._reader = Reader(source, requests(draws, self._spec, start_step, views))
         self._batches: deque[Batch] = deque()
-        self._in_use = _InUse(graph.device)
-        self._pool = WindowPool(self._spec)
-        self._codes: list[torch.Tensor] = []  # buffers of crops that are free
-        if num_batches is not None:
-            self._inputs = graphs.view_inputs
-            self._decoder = _Graph(graphs.view_pipeline, self._feed, self._spec, graph, batch_size)
-            self._make = self._make_directly
-        elif self._spec.stacks_per_window == 1:
-            self._inputs = graphs.train_inputs
-            self._decoder = _Graph(graphs.train_pipeline, self._feed, self._spec, graph, batch_size)
-            self._make = self._make_directly
-        else:
-            max_images = batch_size * self._spec.window_steps * len(self._spec.kinds)
-            self._decoder = _Graph(graphs.decode_pipeline, self._feed_windows, self._spec, graph, max_images)
+        self._in_use = InUse(graph.device)
+        make, self._inputs = _decoding(source, views)
+        self._decoder = FedGraph(partial(make, self._spec, graph, batch_size), self._feed)
+        self._graphs = [self._decoder]
+        self._make: Callable[[], list[Batch]] = self._make_directly
+        if self._spec.stacks_per_window > 1 and not views:
+            self._pool = WindowPool(self._spec, max_pixels=int((source.index.heights * source.index.widths).max()))
+            self._codes: list[torch.Tensor] = []  # buffers of crops that are free
             self._make = self._make_from_windows
             if graph.device == "cpu":
-                self._stacker = _Graph(graphs.stack_pipeline, self._feed_stacks, self._spec, graph, batch_size)
+                self._stacker = FedGraph(
+                    partial(graphs.stack_pipeline, self._spec, graph, batch_size), self._feed_stacks
+                )
+                self._graphs.append(self._stacker)
                 self._make = self._make_by_stacker
 
     def __len__(self) -> int:
@@ -149,7 +82,9 @@ class DaliLoader:
         self._in_use.keep_delivered()
         while not self._batches:
             self._batches.extend(self._make())
-        return self._in_use.deliver(self._batches.popleft())
+        batch = self._batches.popleft()
+        self._in_use.deliver(batch)
+        return batch
 
     def _make_directly(self) -> list[Batch]:
         """A training batch, or the ten views of a test batch."""
@@ -179,12 +114,7 @@ class DaliLoader:
 
     def _feed(self) -> tuple[tuple[Any, ...], Any]:
         request, encoded = self._reader.take()
-        entries = self._source.entries(request.video, request.first, request.steps)
-        return self._inputs(encoded, request.draw, entries, self._spec, self._graph), (request, encoded)
-
-    def _feed_windows(self) -> tuple[tuple[Any, ...], Any]:
-        request, encoded = self._reader.take()
-        return graphs.decode_inputs(encoded, self._graph), (request, encoded)
+        return self._inputs(request, encoded, self._graph), (request, encoded)
 
     def _feed_stacks(self) -> tuple[tuple[Any, ...], Any]:
         outputs, request = self._decode()
@@ -206,30 +136,39 @@ class DaliLoader:
         return self._source.entries(draw.video, draw.tau, self._spec.steps)
 
     def _batch(self, draw: Draw, images: torch.Tensor) -> Batch:
-        labels = torch.from_numpy(self._source.index.labels[draw.video])
         return Batch(
             inputs=images.view(len(draw), self._spec.num_channels, self._spec.crop_px, self._spec.crop_px),
-            labels=labels.to(self._graph.device, non_blocking=True),
+            labels=to_device(self._source.index.labels[draw.video], self._graph.device),
             draw=draw,
         )
 
     def _explained(self, error: RuntimeError) -> Exception:
         """A decoder's complaint about image i of a flat batch, as the member that it is."""
         found = re.search(r"Failed to decode sample #(\d+)", str(error))
-        if not found or not self._decoder.failing:
+        if not found:
             return error
-        request, _ = self._decoder.failing
-        step, kind = divmod(int(found.group(1)), len(self._spec.kinds))
+        inputs, (request, _) = self._decoder.failing
+        numbers = [np.arange(len(inputs[0]))]
+        if self._graph.decoder == "shared":  # each decoder counts its own images, and which one complains is not said
+            numbers = [np.flatnonzero(inputs[1]), np.flatnonzero(~inputs[1])]
+        image = int(found.group(1))
+        places = [self._where(request, int(its[image])) for its in numbers if image < len(its)]
+        return ShardError(
+            f"{' or '.join(places)}: no decodable JPEG, though its bytes are what was packed. Pack the set again."
+        )
+
+    def _where(self, request: Request, image: int) -> str:
+        """Shard, member and offset of an image of a request."""
+        step, kind = divmod(image, len(self._spec.kinds))
         run, step = divmod(step, request.steps)
-        where = self._source.where(int(request.video[run]), int(request.first[run]) + step, kind)
-        return ShardError(f"{where}: no decodable JPEG, though its bytes are what was packed. Pack the set again.")
+        return self._source.where(int(request.video[run]), int(request.first[run]) + step, kind)
 
     def close(self) -> None:
-        """Stop the reader and free the graphs' buffers. Batches already delivered stay valid."""
+        """Stop the reader and free the graphs' buffers. Batches already delivered stay valid on the CPU."""
         self._reader.close()
-        self._decoder.close()
-        if self._make == self._make_by_stacker:
-            self._stacker.close()
+        self._in_use.close()
+        for graph in self._graphs:
+            graph.close()
 
     def __enter__(self) -> Self:
         return self
@@ -240,28 +179,35 @@ class DaliLoader:
         self.close()
 
 
+def _decoding(source: Source, views: bool) -> tuple[Callable[..., Any], Callable[..., tuple[Any, ...]]]:
+    """How a loader's decoding graph is made, and its inputs, a function of (request, encoded, graph)."""
+    spec = source.spec
+    if spec.stacks_per_window > 1 and not views:
+        return graphs.decode_pipeline, lambda request, encoded, graph: graphs.decode_inputs(encoded, graph)
+
+    def inputs(request: Request, encoded: Encoded, graph: Graph) -> tuple[Any, ...]:
+        entries = source.entries(request.video, request.first, request.steps)
+        make = graphs.view_inputs if views else graphs.train_inputs
+        return make(encoded, request.draw, entries, spec, graph)
+
+    return graphs.view_pipeline if views else graphs.train_pipeline, inputs
+
+
 def _choose_graph(
-    source: Source, draws: Iterator[Draw], device: str, num_threads: int, decoder: str
+    source: Source, draws: Iterator[Draw], views: bool, device: str, num_threads: int, decoder: str
 ) -> tuple[Graph, Iterator[Draw]]:
     """The graph to take, measured on the first batch; and the draws, that one too."""
     first = next(draws)
-    graph = choose_graph(device, num_threads, decoder, lambda graph: _measure(source, first, graph))
-    return graph, chain([first], draws)
+    make, inputs = _decoding(source, views)
 
+    def measure(graph: Graph) -> float:
+        (request,) = requests(iter([first]), source.spec, 0, views)
+        encoded = source.read(request.video, request.first, request.steps)
+        fed = inputs(request, encoded, graph)
+        return samples_per_s(make(source.spec, graph, len(first), lambda: fed), len(first))
 
-def _measure(source: Source, draw: Draw, graph: Graph, num_batches: int = 6) -> float:
-    """Samples/s of the training graph that makes a batch again and again; reading is not counted."""
-    spec = source.spec
-    run = draw.video, draw.tau, spec.steps
-    encoded, entries = source.read(*run), source.entries(*run)
-    inputs = graphs.train_inputs(encoded, draw, entries, spec, graph)
-    pipeline = graphs.train_pipeline(spec, graph, len(draw), lambda: inputs)
-    for _ in range(graphs.QUEUE_DEPTH + 1):
-        pipeline.run()
-    start_s = time.perf_counter()
-    for _ in range(num_batches):
-        pipeline.run()
-    return num_batches * len(draw) / (time.perf_counter() - start_s)
+    whole_frames = views or source.spec.stacks_per_window > 1
+    return choose_graph(device, num_threads, decoder, measure, whole_frames=whole_frames), chain([first], draws)
 
 
 def _as_torch(output: Any) -> torch.Tensor:
@@ -297,7 +243,7 @@ def train_loader(
     )
     source = Source(index, spec)
     if graph is None:
-        graph, draws = _choose_graph(source, draws, device, num_threads, decoder)
+        graph, draws = _choose_graph(source, draws, False, device, num_threads, decoder)
     return DaliLoader(
         source,
         draws,
@@ -333,5 +279,5 @@ def view_loader(
     )
     source = Source(index, spec)
     if graph is None:
-        graph, draws = _choose_graph(source, draws, device, num_threads, decoder)
+        graph, draws = _choose_graph(source, draws, True, device, num_threads, decoder)
     return DaliLoader(source, draws, graph, batch_size, num_batches=pairs * len(VIEWS))

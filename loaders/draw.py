@@ -1,4 +1,4 @@
-"""Which sample: training draws and test views, as pure functions of numbers. Randomness enters here and nowhere else.
+"""Which training sample, as a pure function of numbers. Randomness enters here and nowhere else.
 
 Draws for the *global* batch are made by every rank, which then takes its slice: 1, 2 or 4 processes train on the same
 sequence of global batches, and a resumed run needs one integer, the step.
@@ -15,7 +15,7 @@ Dots are windows born before step 0: drawn like all others, since births may be 
 of (seed, step), and what a resumed run has to decode again are only the windows that are still in use.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from itertools import count
@@ -35,21 +35,13 @@ _ORDER_COUNTER = 2
 #: Mean number of steps between two stacks of one window.
 SPREAD = 4
 
-#: The ten test views: four corners and the centre, plain and mirrored (sec. 5). (y, x, mirrored), where y and x are
-#: fractions of the free border; a window starts at floor(fraction * border).
-VIEWS = tuple(
-    (y, x, mirrored)
-    for mirrored in (False, True)
-    for y, x in ((0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0), (0.5, 0.5))
-)
-
 
 @dataclass(frozen=True)
 class Draw:
     """n samples. All arrays have n rows.
 
     video  (n,) row of the index          tau    (n,) first frame or field, 0-based
-    crop   (n, 2) window's y0, x0 in px; its size is the stream's crop_px
+    crop   (n, 2) y0, x0 in px; its size is the stream's crop_px
     mirror (n,) bool                      alpha  (n, 3) weights of the colour components
     valid  (n,) bool, False for padding
     window (n, 2) which window the sample is cut from: the step of its birth, its number in that step
@@ -91,10 +83,19 @@ class Draw:
     def __len__(self) -> int:
         return len(self.video)
 
+    def take(self, rows: Ints | slice) -> "Draw":
+        """Some of the samples."""
+        return Draw(**{f.name: getattr(self, f.name)[rows] for f in fields(Draw)})
+
+    @staticmethod
+    def concatenate(draws: Sequence["Draw"]) -> "Draw":
+        """The samples of several draws, one draw after the other."""
+        return Draw(**{f.name: np.concatenate([getattr(draw, f.name) for draw in draws]) for f in fields(Draw)})
+
     def slots(self, rank: int, world_size: int) -> "Draw":
         """Slice of rank `rank`: slots [rank * n, (rank + 1) * n), n = len / world_size."""
         n = len(self) // world_size
-        return Draw(**{f.name: getattr(self, f.name)[rank * n : (rank + 1) * n] for f in fields(self)})
+        return self.take(slice(rank * n, (rank + 1) * n))
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,16 @@ def check_crop(index: Index, rows: Ints, spec: StreamSpec) -> None:
         )
 
 
+def check_batch_size(batch_size: int, world_size: int, spec: StreamSpec) -> None:
+    """Raise ValueError if a global batch does not divide into equal slices of whole windows."""
+    k = spec.stacks_per_window
+    if batch_size < 1 or batch_size % (world_size * k):
+        raise ValueError(
+            f"A global batch of {batch_size} cannot be shared evenly by {world_size} processes"
+            f"{f', in windows of {k} stacks' if k > 1 else ''}. Take a multiple of {world_size * k}."
+        )
+
+
 def draw_batch(
     seed: int,
     step: int,
@@ -172,15 +183,13 @@ def draw_batch(
     draw_born = draw_born or (lambda birth: _draw_born(seed, birth, videos, spec, batch_size))
     if seed < 0 or step < 0:
         raise ValueError(f"seed={seed}, step={step}: both count from 0.")
-    if batch_size % k:
-        raise ValueError(f"A batch of {batch_size} does not divide into windows of {k} stacks; take a multiple of {k}.")
+    check_batch_size(batch_size, 1, spec)
     if k == 1:
         return draw_born(step)
     birth = np.stack([_births(seed, step, j, batch_size // k) for j in range(k)], axis=1).reshape(-1)  # slot q * k + j
     steps, group = np.unique(birth, return_inverse=True)
     born = [draw_born(int(b)) for b in steps]
-    slots = group * batch_size + np.arange(batch_size)
-    return Draw(**{f.name: np.concatenate([getattr(draw, f.name) for draw in born])[slots] for f in fields(Draw)})
+    return Draw.concatenate(born).take(group * batch_size + np.arange(batch_size))
 
 
 def _births(seed: int, step: int, use: int, num_windows: int) -> Ints:
@@ -253,50 +262,10 @@ def rank_draws(
 
     Raises ValueError at once if batch_size does not divide by world_size and into whole windows.
     """
+    check_batch_size(batch_size, world_size, spec)
     k = spec.stacks_per_window
-    if batch_size < 1 or batch_size % (world_size * k):
-        raise ValueError(
-            f"A global batch of {batch_size} cannot be shared evenly by {world_size} processes"
-            f"{f', in windows of {k} stacks' if k > 1 else ''}. Take a multiple of {world_size * k}."
-        )
     remembered = lru_cache((k + 1) * SPREAD)(lambda birth: _draw_born(seed, birth, videos, spec, batch_size))
     return (
         draw_batch(seed, step, videos, spec, batch_size, remembered).slots(rank, world_size)
         for step in count(start_step)
     )
-
-
-def view_taus(num_frames: int, frames_needed: int, num_taus: int) -> Ints:
-    """Starts of the test samples of one video, equally spaced from the first that fits to the last (sec. 5).
-
-        num_frames = 31, L = 10, num_taus = 3      tau = 0, 10, 20
-
-    A video shorter than a sample gives tau = 0 throughout; its last field is repeated.
-    """
-    last = max(num_frames - frames_needed, 0)
-    return np.rint(np.linspace(0, last, num_taus)).astype(np.int64) if num_taus > 1 else np.array([last // 2])
-
-
-def enumerate_views(
-    index: Index, rows: Ints, spec: StreamSpec, *, num_taus: int, batch_size: int, rank: int, world_size: int
-) -> Iterator[Draw]:
-    """Test samples of one rank, in batches of (video, tau) pairs; each stands for its ten views.
-
-    All pairs in list order are dealt out in runs of batch_size: batch b of rank r has run b * world_size + r. Every
-    rank gives the same number of batches; the last ones are padded with invalid copies of the first pair.
-    """
-    check_crop(index, rows, spec)
-    total = len(rows) * num_taus
-    for batch in range(num_view_batches(total, batch_size, world_size)):
-        pair = (batch * world_size + rank) * batch_size + np.arange(batch_size)
-        valid = pair < total
-        pair = np.where(valid, pair, 0)
-        video = np.asarray(rows, np.int64)[pair // num_taus]
-        taus = {int(v): view_taus(int(index.num_frames[v]), spec.frames_needed, num_taus) for v in np.unique(video)}
-        tau = np.array([taus[int(v)][p] for v, p in zip(video, pair % num_taus, strict=True)])
-        yield Draw.of_stacks(video, tau, np.zeros((batch_size, 2), np.int64), np.zeros(batch_size, bool), valid=valid)
-
-
-def num_view_batches(num_pairs: int, batch_size: int, world_size: int) -> int:
-    """Batches of (video, tau) pairs that each rank gets."""
-    return -(-num_pairs // (batch_size * world_size))

@@ -1,7 +1,7 @@
 """The flat DALI graphs: a batch of n samples is n * num_images JPEGs through one decoder and one affine operator.
 
     train   jpeg ─ decode the crop only ─ flip ─ affine ──────────────── float32
-    test    jpeg ─ decode the frame ─┬─ 5 windows, plain and mirrored ── 10 x float32
+    test    jpeg ─ decode the frame ─┬─ 5 crops, plain and mirrored ──── 10 x float32
     decode  jpeg ─ decode the frame ─┴───────────────────────────────── uint8, for the pool of windows
     stack   crop, uint8 ─ flip ─ affine ─────────────────────────────── float32, from that pool
 
@@ -20,8 +20,9 @@ from nvidia.dali import Pipeline, pipeline_def
 
 from loaders.affine import image_affine
 from loaders.batch import StreamSpec
-from loaders.draw import VIEWS, Draw
+from loaders.draw import Draw
 from loaders.source import Encoded
+from loaders.views import VIEWS
 
 Feed = Callable[[], tuple[Any, ...]]
 
@@ -62,23 +63,23 @@ class Graph:
 
 
 def train_inputs(encoded: Encoded, draw: Draw, entries: Any, spec: StreamSpec, graph: Graph) -> tuple[Any, ...]:
-    """What the training graph is fed: `decode_inputs`; window starts (m, 2) int32; and as `stack_inputs`."""
+    """What the training graph is fed: `decode_inputs`; the crops' y0, x0 (m, 2) int32; and as `stack_inputs`."""
     start = np.repeat(draw.crop.astype(np.int32), spec.num_images, axis=0)
     return *decode_inputs(encoded, graph), start, *_affine_inputs(draw, entries, spec)
 
 
 def stack_inputs(codes: Any, draw: Draw, entries: Any, spec: StreamSpec) -> tuple[Any, ...]:
-    """What the stack graph is fed: codes (m, crop, crop, 1) uint8, m = n * num_images; mirror (m,) int32; and factor
-    and offset of the affine map, (m,) float32 for components and (m, 3) for RGB."""
+    """What the stack graph is fed: codes (m, crop, crop, 1) uint8, m = n * num_images; mirror (m,) int32; and scale and
+    shift float32: (m,) factor and offset of components, or (m, 3) std and mean of RGB."""
     return codes, *_affine_inputs(draw, entries, spec)
 
 
 def _affine_inputs(draw: Draw, entries: Any, spec: StreamSpec) -> tuple[Any, ...]:
     shift, width = image_affine(entries, draw.mirror, draw.alpha, spec)
-    factor, offset = (1 / width).astype(np.float32), (-shift / width).astype(np.float32)
     if spec.stream == "temporal":
-        factor, offset = factor[:, 0], offset[:, 0]
-    return np.repeat(draw.mirror.astype(np.int32), spec.num_images), factor, offset
+        width, shift = 1 / width[:, 0], -shift[:, 0] / width[:, 0]
+    mirror = np.repeat(draw.mirror.astype(np.int32), spec.num_images)
+    return mirror, width.astype(np.float32), shift.astype(np.float32)
 
 
 def decode_inputs(encoded: Encoded, graph: Graph) -> tuple[Any, ...]:
@@ -115,26 +116,26 @@ def train_pipeline(spec: StreamSpec, graph: Graph, batch_size: int, feed: Feed) 
 
     @pipeline_def(**_options(graph, batch_size * spec.num_images))
     def build() -> Any:
-        *jpeg, start, mirror, factor, offset = _external(
+        *jpeg, start, mirror, scale, shift = _external(
             feed, [*_jpeg_types(graph), (types.INT32, 1), *_affine_types(spec)]
         )
-        window = {"start": start, "shape": [spec.crop_px, spec.crop_px], "axes": [0, 1]}
+        crop = {"start": start, "shape": [spec.crop_px, spec.crop_px], "axes": [0, 1]}
         if graph.region:
-            image = _decode(fn.decoders.image_slice, jpeg, spec, graph, **window)
+            image = _decode(fn.decoders.image_slice, jpeg, spec, graph, **crop)
         else:
-            image = fn.slice(_decode(fn.decoders.image, jpeg, spec, graph), **window)
-        return _affine(image, mirror, factor, offset, spec)
+            image = fn.slice(_decode(fn.decoders.image, jpeg, spec, graph), **crop)
+        return _affine(image, mirror, scale, shift, spec)
 
     return _built(build())
 
 
-def decode_pipeline(spec: StreamSpec, graph: Graph, max_images: int, feed: Feed) -> Pipeline:
-    """Graph that only decodes: one output, (H, W, c) uint8 on the device for each of at most max_images images.
+def decode_pipeline(spec: StreamSpec, graph: Graph, batch_size: int, feed: Feed) -> Pipeline:
+    """Graph that only decodes windows, at most batch_size at a time: one output, (H, W, c) uint8 on the device a frame.
 
     feed gives the next `decode_inputs`, or raises StopIteration.
     """
 
-    @pipeline_def(**_options(graph, max_images))
+    @pipeline_def(**_options(graph, batch_size * spec.window_steps * len(spec.kinds)))
     def build() -> Any:
         jpeg = _external(feed, _jpeg_types(graph))
         return _decode(fn.decoders.image, jpeg, spec, graph)
@@ -150,10 +151,10 @@ def stack_pipeline(spec: StreamSpec, graph: Graph, batch_size: int, feed: Feed) 
 
     @pipeline_def(**_options(Graph(num_threads=graph.num_threads), batch_size * spec.num_images))
     def build() -> Any:
-        codes, mirror, factor, offset = _external(
+        codes, mirror, scale, shift = _external(
             feed, [(types.UINT8, 3), *_affine_types(spec)], layout=["HWC", "", "", ""]
         )
-        return _affine(codes, mirror, factor, offset, spec)
+        return _affine(codes, mirror, scale, shift, spec)
 
     return _built(build())
 
@@ -234,17 +235,15 @@ def _on_device(image: Any, graph: Graph) -> Any:
     return image.gpu() if graph.device == "cuda" else image
 
 
-def _affine(image: Any, mirror: Any, factor: Any, offset: Any, spec: StreamSpec) -> Any:
-    """Cropped codes to network inputs: code * factor + offset, mirrored where asked for.
+def _affine(image: Any, mirror: Any, scale: Any, shift: Any, spec: StreamSpec) -> Any:
+    """Cropped codes to network inputs, mirrored where asked for; scale and shift as in `stack_inputs`.
 
     For components two plain operators: `crop_mirror_normalize`, which does both, takes 1.3 ms of a core for a stack of
     20 at 224 px, these 0.6 ms, and writing the result 0.3 ms. For RGB it also turns (H, W, 3) into (3, H, W).
     """
     if spec.stream == "spatial":
         return fn.crop_mirror_normalize(
-            image, dtype=types.FLOAT, output_layout="CHW", mirror=mirror, mean=-offset / factor, std=1.0 / factor
+            image, dtype=types.FLOAT, output_layout="CHW", mirror=mirror, mean=shift, std=scale
         )
     image = fn.flip(image, horizontal=mirror)
-    return fn.brightness_contrast(
-        image, dtype=types.FLOAT, contrast=factor, contrast_center=0.0, brightness_shift=offset
-    )
+    return fn.brightness_contrast(image, dtype=types.FLOAT, contrast=scale, contrast_center=0.0, brightness_shift=shift)

@@ -6,16 +6,18 @@
 import logging
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from flow.codec import Codec, encode_component, encode_rgb
 from loaders.batch import StreamSpec
-from loaders.pipeline import Graph, train_pipeline
+from loaders.pipeline import QUEUE_DEPTH, Graph, train_pipeline
 
 logger = logging.getLogger(__name__)
 
@@ -26,10 +28,13 @@ _NUM_IMAGES = {"temporal": 640, "spatial": 320}
 _TIMEOUT_S = 120
 
 
-def choose_graph(device: str, num_threads: int, decoder: str, measure: Callable[[Graph], float]) -> Graph:
+def choose_graph(
+    device: str, num_threads: int, decoder: str, measure: Callable[[Graph], float], *, whole_frames: bool = False
+) -> Graph:
     """The graph for a device: on a GPU the fastest of those that work there.
 
     decoder: "auto", or the only one to consider: "cpu", "mixed" or "shared". measure: samples/s of a graph.
+    whole_frames: the loader decodes no regions, whatever the graph could.
     Tried are the CPU's decoder, the GPU's of regions and of whole frames, and both at once, each with the part of the
     images that its own rate promises. What was measured and chosen is logged.
     Raises ValueError for a decoder that does not work here.
@@ -39,7 +44,8 @@ def choose_graph(device: str, num_threads: int, decoder: str, measure: Callable[
         return cpu if decoder == "auto" else replace(cpu, decoder=decoder)
     if decoder == "cpu":
         return cpu
-    mixed = [replace(cpu, decoder="mixed", region=region) for region in (True, False) if works("mixed", region)]
+    regions = (False,) if whole_frames else (True, False)
+    mixed = [replace(cpu, decoder="mixed", region=region) for region in regions if works("mixed", region)]
     if decoder != "auto" and not mixed:
         raise ValueError(f"data.decoder={decoder}: the GPU decoder does not work here, see the log. Take auto or cpu.")
     rates = {graph: measure(graph) for graph in ([] if decoder == "mixed" else [cpu]) + mixed}
@@ -57,6 +63,16 @@ def choose_graph(device: str, num_threads: int, decoder: str, measure: Callable[
 def _named(graph: Graph) -> str:
     part = f", {100 * graph.mixed_share:.0f} % on the GPU" if graph.decoder == "shared" else ""
     return f"{graph.decoder} ({'regions' if graph.region else 'whole frames'}{part})"
+
+
+def samples_per_s(pipeline: Any, batch_size: int, num_batches: int = 6) -> float:
+    """Rate of a pipeline that is given the same batch again and again; reading is not counted."""
+    for _ in range(QUEUE_DEPTH + 1):
+        pipeline.run()
+    start_s = time.perf_counter()
+    for _ in range(num_batches):
+        pipeline.run()
+    return num_batches * batch_size / (time.perf_counter() - start_s)
 
 
 @lru_cache
@@ -87,10 +103,15 @@ def codes(graph: Graph, stream: str) -> npt.NDArray[np.float32]:
         jpegs = [encode_rgb(frame.astype(np.uint8), 90) for frame in frames]
     else:
         jpegs = [encode_component(wave.astype(np.float32), Codec()).jpeg for wave in waves]
-    images = [np.frombuffer(jpegs[i % 16], np.uint8) for i in range(count)]
+    # As the source leaves them: behind an image's end, what is left of longer ones, with ends of their own.
+    longest = max(map(len, jpegs))
+    rows = np.empty((count, longest), np.uint8)
+    for i, row in enumerate(rows):
+        row[:] = np.resize(np.frombuffer(jpegs[(i + 1) % 16][-1000:], np.uint8), longest)
+        row[: len(jpegs[i % 16])] = np.frombuffer(jpegs[i % 16], np.uint8)
     starts = rng.integers(0, (33, 117), (count, 2)).astype(np.int32)
     shape = count if stream == "temporal" else (count, channels)
-    inputs = images, starts, np.zeros(count, np.int32), np.ones(shape, np.float32), np.zeros(shape, np.float32)
+    inputs = rows, starts, np.zeros(count, np.int32), np.ones(shape, np.float32), np.zeros(shape, np.float32)
     (output,) = train_pipeline(spec, graph, count // spec.num_images, lambda: inputs).run()
     found = np.asarray((output.as_cpu() if graph.device == "cuda" else output).as_tensor())
     return found.reshape(count, channels, *found.shape[1:3]) if stream == "temporal" else found

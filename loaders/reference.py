@@ -11,9 +11,10 @@ import torch
 from flow.codec import decode_component, decode_rgb
 from flow.fields import mirror_field, subtract_mean
 from loaders.batch import FLOW_SCALE, PCA_STD, PCA_VECTORS, RGB_MEAN, RGB_STD, Batch, StreamSpec
-from loaders.draw import VIEWS, Draw, Ints, enumerate_views, num_view_batches, population, rank_draws
+from loaders.draw import Draw, Ints, population, rank_draws
 from loaders.index import Index
 from loaders.source import Source
+from loaders.views import VIEWS, enumerate_views, num_view_batches
 
 Array = npt.NDArray[np.float32]
 
@@ -61,12 +62,12 @@ class ReferenceLoader:
         for draw in draws:
             samples = self._samples(draw)
             for y, x, mirrored in VIEWS:
-                windows = []
+                crops = []
                 for sample in samples:
                     y0, x0 = int(y * (sample.shape[-2] - side)), int(x * (sample.shape[-1] - side))
-                    window = sample[..., y0 : y0 + side, x0 : x0 + side]
-                    windows.append(self._input(window, mirrored, np.zeros(3, np.float32)))
-                yield self._batch(draw, windows)
+                    crop = sample[..., y0 : y0 + side, x0 : x0 + side]
+                    crops.append(self._input(crop, mirrored, np.zeros(3, np.float32)))
+                yield self._batch(draw, crops)
 
     def _samples(self, draw: Draw) -> list[Array]:
         """Each sample's whole frame (3, H, W) in grey levels, or fields (L, 2, H, W) in px/frame less their means."""
@@ -90,13 +91,13 @@ class ReferenceLoader:
             samples.append(np.stack(fields))
         return samples
 
-    def _input(self, window: Array, mirror: bool, alpha: Array) -> Array:
-        """The net's input (C, crop, crop) from a window of a sample."""
+    def _input(self, crop: Array, mirror: bool, alpha: Array) -> Array:
+        """The net's input (C, crop, crop) from a crop of a sample."""
         if self._source.spec.stream == "spatial":
             offset = PCA_VECTORS @ (alpha * PCA_STD)
-            rgb = (window + (offset - RGB_MEAN)[:, None, None]) / RGB_STD[:, None, None]
+            rgb = (crop + (offset - RGB_MEAN)[:, None, None]) / RGB_STD[:, None, None]
             return (rgb[:, :, ::-1] if mirror else rgb).astype(np.float32)
-        fields = [mirror_field(field) if mirror else field for field in window]
+        fields = [mirror_field(field) if mirror else field for field in crop]
         return np.concatenate(fields) * np.float32(FLOW_SCALE)
 
     def _batch(self, draw: Draw, samples: list[Array]) -> Batch:
@@ -131,7 +132,7 @@ def train_loader(
     device: str = "cpu",
     **_: Any,
 ) -> ReferenceLoader:
-    """As `dali_loader.train_loader`, computed on the CPU; its num_threads and graph are ignored."""
+    """As `dali_loader.train_loader`, computed on the CPU; its num_threads, decoder and graph are ignored."""
     videos = population(index, rows, spec)
     draws = rank_draws(
         videos, spec, seed=seed, batch_size=batch_size, rank=rank, world_size=world_size, start_step=start_step
@@ -151,7 +152,7 @@ def view_loader(
     device: str = "cpu",
     **_: Any,
 ) -> ReferenceLoader:
-    """As `dali_loader.view_loader`, computed on the CPU; its num_threads and graph are ignored."""
+    """As `dali_loader.view_loader`, computed on the CPU; its num_threads, decoder and graph are ignored."""
     pairs = num_view_batches(len(rows) * num_taus, batch_size, world_size)
     draws = enumerate_views(
         index, rows, spec, num_taus=num_taus, batch_size=batch_size, rank=rank, world_size=world_size

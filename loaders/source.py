@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from flow.codec import frame_header
+from flow.codec import JPEG_END, frame_header
 from flow.shard import CLIP_FRAMES, ShardError, damage, member_name
 from loaders.batch import StreamSpec
 from loaders.index import Index, Ints
 
-_JPEG_END = b"\xff\xd9"
-_MAX_OPEN_SHARDS = 256
+#: Of one thread.
+_MAX_OPEN_SHARDS = 128
 #: Takes what lies between members, tar headers and padding; written by all threads, read by none.
 _SCRATCH = memoryview(bytearray(65_536))
 #: Buffers of one system call; the system's limit is 1,024.
@@ -36,14 +36,10 @@ class Encoded:
     frame). Image j is rows[j, : sizes[j]]; what follows is left over from other images, and decoders, which stop at an
     image's end, do not look at it. One array, because a graph takes 3 us for each of many, and 20 are but one stack.
     Valid until given back with `Source.release`.
-    video, first (n,): row of the index and first frame or field of each run
     """
 
     rows: npt.NDArray[np.uint8]
     sizes: Ints
-    video: Ints
-    first: Ints
-    steps: int
     buffer: bytearray
 
     def images(self) -> list[npt.NDArray[np.uint8]]:
@@ -64,8 +60,8 @@ class Source:
         self.index = index
         self.spec = spec
         self._tables = [index.entries[kind] for kind in spec.kinds]
-        self._files: OrderedDict[int, int] = OrderedDict()
-        self._lock = threading.Lock()
+        self._own = threading.local()
+        self._files: list[OrderedDict[int, int]] = []
         self._buffers: list[bytearray] = []
         self._headers: dict[tuple[int, int, int], bytes] = {}
 
@@ -93,19 +89,14 @@ class Source:
         reads = list(self._reads(video, first, steps, entries))
         longest = int(sizes.max(initial=0))
         buffer = self._buffer(len(sizes) * longest)
-        files = self._open_files({read.shard for read in reads})
-        try:
-            for read in reads:  # what is not in the system's cache is fetched many pieces at a time, ahead of need
-                os.posix_fadvise(files[read.shard], read.begin, read.end - read.begin, os.POSIX_FADV_WILLNEED)
-            at = 0
-            for read in reads:
-                self._read(read, files[read.shard], buffer, at, longest)
-                at += read.entries.size * longest
-        finally:
-            for file in files.values():
-                os.close(file)
+        for read in reads:  # what is not in the system's cache is fetched many pieces at a time, ahead of need
+            os.posix_fadvise(self._file(read.shard), read.begin, read.end - read.begin, os.POSIX_FADV_WILLNEED)
+        at = 0
+        for read in reads:
+            self._read(read, self._file(read.shard), buffer, at, longest)
+            at += read.entries.size * longest
         rows = np.frombuffer(buffer, np.uint8, len(sizes) * longest).reshape(len(sizes), longest)
-        return Encoded(rows, sizes, video, first, steps, buffer)
+        return Encoded(rows, sizes, buffer)
 
     def _check_sizes(self, sizes: Ints, video: Ints, first: Ints, steps: int) -> None:
         """Raise ShardError for an index whose sizes would make us ask for more memory than images can need."""
@@ -160,7 +151,7 @@ class Source:
             wrong = damage(row[: max(0, end - offset)], size, crc32)
             if not wrong and not buffer.startswith(header, begin):
                 wrong = self._wrong_size(row, expected)
-            if not wrong and not buffer.startswith(_JPEG_END, begin + size - len(_JPEG_END)):
+            if not wrong and not buffer.startswith(JPEG_END, begin + size - len(JPEG_END)):
                 wrong = (
                     "no end-of-image marker at its end: a decoder would run on into other bytes. Pack the set again."
                 )
@@ -202,27 +193,26 @@ class Source:
             buffer = bytearray()
         return buffer if len(buffer) >= num_bytes else bytearray(num_bytes + num_bytes // 4)
 
-    def _open_files(self, shards: set[int]) -> dict[int, int]:
-        """Descriptors of shards, the caller's own to close: one shared with other threads might be closed under it.
-
-        Of the source's own, the least recently used one is closed when too many are open.
+    def _file(self, shard: int) -> int:
+        """Descriptor of a shard, good until this thread's next call: each thread has its own, so that none is closed
+        under another. The least recently used one is closed when there are too many.
         """
-        files = {}
-        with self._lock:
-            for shard in shards:
-                if shard not in self._files:
-                    if len(self._files) >= _MAX_OPEN_SHARDS:
-                        os.close(self._files.popitem(last=False)[1])
-                    path = self.index.root / self.index.shards[shard]
-                    self._files[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                self._files.move_to_end(shard)
-                files[shard] = os.dup(self._files[shard])
-        return files
+        if not hasattr(self._own, "files"):
+            self._own.files = OrderedDict()
+            self._files.append(self._own.files)
+        files: OrderedDict[int, int] = self._own.files
+        if shard not in files:
+            if len(files) >= _MAX_OPEN_SHARDS:
+                os.close(files.popitem(last=False)[1])
+            files[shard] = os.open(self.index.root / self.index.shards[shard], os.O_RDONLY | os.O_CLOEXEC)
+        files.move_to_end(shard)
+        return files[shard]
 
     def close(self) -> None:
-        with self._lock:
-            while self._files:
-                os.close(self._files.popitem()[1])
+        """Close the shards. No thread may read any more."""
+        for files in self._files:
+            while files:
+                os.close(files.popitem()[1])
 
 
 def _scatter(file: int, offsets: list[int], rows: list[memoryview]) -> int:

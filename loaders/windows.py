@@ -1,8 +1,8 @@
 """Decode once, stack many: the pool of decoded windows that stacks are cut from, on the device.
 
 A window is decoded whole when its first stack is due, and kept until its last one was; `loaders.draw` decides when. For
-n samples a step the pool holds up to n / k * (k + 1) * SPREAD windows of 2 (L + k - 1) H W bytes: 3.4 GB for n = 256,
-k = 8, L = 10 and frames of 256x341 px.
+n samples a step the pool holds up to n * SPREAD windows of 2 (L + k - 1) H W bytes: 3.0 GB for n = 256, k = 8, L = 10
+and frames of 256x341 px.
 """
 
 from collections.abc import Iterator
@@ -15,6 +15,7 @@ import torch
 from loaders.affine import image_affine
 from loaders.batch import StreamSpec
 from loaders.draw import SPREAD, Draw, Ints
+from loaders.graph import to_device
 
 #: Birth and number of a window.
 Key = tuple[int, int]
@@ -53,32 +54,42 @@ def plan_windows(draws: Iterator[Draw], start_step: int, spec: StreamSpec) -> It
 
 
 class WindowPool:
-    """Decoded windows by key: (window_steps * 2, H, W, 1) uint8 tensors on the device.
+    """Decoded windows by key, on the device. At most `max_pixels` a frame.
 
     Windows are copied out of the graph's outputs: a whole output would live as long as its last window does, with all
-    the memory that the largest batch so far has needed. The windows' memory is used again and again.
+    the memory that the largest batch so far has needed. Their memory, each piece large enough for any window, is used
+    again and again.
     """
 
-    def __init__(self, spec: StreamSpec):
+    def __init__(self, spec: StreamSpec, max_pixels: int):
         self._spec = spec
-        self._windows: dict[Key, torch.Tensor] = {}
-        self._free: dict[torch.Size, list[torch.Tensor]] = {}
+        self._num_frames = spec.window_steps * len(spec.kinds)
+        self._max_bytes = self._num_frames * max_pixels
+        self._windows: dict[Key, torch.Tensor] = {}  # (window_steps * 2, H, W, 1) uint8, views of pieces of memory
+        self._memory: dict[Key, torch.Tensor] = {}
+        self._free: list[torch.Tensor] = []
 
     def __len__(self) -> int:
         return len(self._windows)
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory of all windows, used or free."""
+        return (len(self._memory) + len(self._free)) * self._max_bytes
+
     def add(self, new: NewWindows, frames: Any) -> None:
         """Take in a graph's output: a DALI tensor list with the frames of the windows, one window after the other."""
-        size = self._spec.window_steps * len(self._spec.kinds)
         whole = torch.from_dlpack(frames.as_tensor()) if frames.is_dense_tensor() else None
         for i, key in enumerate(new.keys):
-            places = range(i * size, (i + 1) * size)
+            places = range(i * self._num_frames, (i + 1) * self._num_frames)
             if whole is not None:
                 found = whole[places.start : places.stop]
+                _copy(found, self._empty(key, found.shape, found.device))
             else:  # frames of several sizes, though of one within a window
-                found = torch.stack([torch.from_dlpack(frames[place]) for place in places])
-            self._windows[key] = self._empty(found.shape, found.device)
-            _copy(found, self._windows[key])
+                parts = [torch.from_dlpack(frames[place]) for place in places]
+                window = self._empty(key, torch.Size((len(parts), *parts[0].shape)), parts[0].device)
+                for part, frame in zip(parts, window, strict=True):
+                    _copy(part, frame)
 
     def stacks(self, draw: Draw) -> list[torch.Tensor]:
         """The frames (2L, H, W, 1) that each sample is cut from; views of the windows."""
@@ -89,12 +100,14 @@ class WindowPool:
     def drop_used(self, step: int) -> None:
         """Forget the windows that no batch after that step needs; their memory is free for others."""
         for key in [key for key in self._windows if last_step(key, self._spec) <= step]:
-            window = self._windows.pop(key)
-            self._free.setdefault(window.shape, []).append(window)
+            del self._windows[key]
+            self._free.append(self._memory.pop(key))
 
-    def _empty(self, shape: torch.Size, device: torch.device) -> torch.Tensor:
-        free = self._free.get(shape)
-        return free.pop() if free else torch.empty(shape, dtype=torch.uint8, device=device)
+    def _empty(self, key: Key, shape: torch.Size, device: torch.device) -> torch.Tensor:
+        memory = self._free.pop() if self._free else torch.empty(self._max_bytes, dtype=torch.uint8, device=device)
+        self._memory[key] = memory
+        self._windows[key] = memory[: shape.numel()].view(shape)
+        return self._windows[key]
 
 
 def cut_stacks(stacks: list[torch.Tensor], draw: Draw, codes: torch.Tensor) -> torch.Tensor:
@@ -119,7 +132,7 @@ def to_inputs(codes: torch.Tensor, draw: Draw, entries: Any, spec: StreamSpec) -
     entries (n, L, 2): the index entries of the samples.
     """
     affine = np.stack(image_affine(entries, draw.mirror, draw.alpha, spec)).astype(np.float32)  # (2, n * 2L, 1)
-    shift, width = torch.from_numpy(affine.reshape(2, len(draw), spec.num_images, 1, 1)).to(codes.device)
-    mirror = torch.from_numpy(draw.mirror).to(codes.device)[:, None, None, None]
+    shift, width = to_device(affine.reshape(2, len(draw), spec.num_images, 1, 1), codes.device)
+    mirror = to_device(draw.mirror, codes.device)[:, None, None, None]
     codes = codes.squeeze(-1)
     return torch.where(mirror, codes.flip(-1), codes).float().sub_(shift).div_(width)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,9 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import accuracy  # noqa: E402
 import decode_rates  # noqa: E402
+import footprint  # noqa: E402
 import readme  # noqa: E402
+import windows_accuracy  # noqa: E402
 from loader_throughput import NAMES, TEMPORAL_ONLY  # noqa: E402
 
 from tests.tiny import tiny_overrides  # noqa: E402
@@ -42,6 +45,8 @@ def test_gpu_proof_runs_its_steps_on_the_cpu(packed_demo, tmp_path):
         "decode_rates",
         "loader_throughput_temporal",
         "loader_throughput_spatial",
+        "train_step",
+        "scaling",
     ]
     assert {step["exit_status"] for step in steps} == {0}
 
@@ -58,6 +63,29 @@ def test_gpu_proof_runs_its_steps_on_the_cpu(packed_demo, tmp_path):
         assert {(row["stream"], row["name"]) for row in rows} == {(stream, name) for name in names}
         for rate in (row["samples_per_s"] for row in rows):
             assert 0 < rate["min"] <= rate["median"] <= rate["max"]
+
+    rows = json.loads((tmp_path / "train_step_cpu.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["resident", "loader_k1", "loader_k8"]
+    assert all(row["samples_per_s"]["median"] > 0 for row in rows)
+    result = json.loads((tmp_path / "scaling_cpu.json").read_text())
+    assert [(row["mode"], row["data"], row["n"]) for row in result["rows"]] == [
+        (mode, data, 1) for mode in ("strong", "weak") for data in ("resident", "loader")
+    ]
+    assert all(row["speedup"] == 1 for row in result["rows"]) and result["projection"]
+
+
+def test_gpu_proof_keeps_to_nine_minutes():
+    script = (ROOT / "benchmarks" / "gpu_proof.sh").read_text()
+    budgets = re.findall(r"^step \w+ (\d+)|(?:temporal|spatial):(\d+)", script, re.M)
+    assert len(budgets) == 6 and sum(int(a or b) for a, b in budgets) <= 540
+
+
+def test_a_gpus_cases_are_few():
+    cases = list(decode_rates.cases("cuda", quick=False))
+    assert len(cases) == len({tuple(case.items()) for case in cases}) <= 14
+    small = [(case["stream"], case["decoder"]) for case in cases if case["batch_size"] == 64]
+    assert sorted(small) == [("temporal", decoder) for decoder in ("cpu", "mixed", "shared")]
+    assert {case["batch_size"] for case in cases} == {64, 256}
 
 
 def test_a_case_that_crashes_is_a_result(packed_demo, tmp_path):
@@ -93,6 +121,37 @@ def test_accuracy_pools_runs_of_one_config(packed_demo, tmp_path):
     assert result["differences"]["average - floor"]["pct"] == pytest.approx(a - b)
     # motions differ under the histogram, appearances do not: the floor has half of the information
     assert b >= 100 / 3
+
+
+@pytest.mark.slow
+def test_windows_accuracy_pairs_runs_of_different_k(packed_demo, tmp_path):
+    command = ["--data", str(packed_demo), "--config", "demo", "--k", "1", "2", "--splits", "1", "--seeds", "0"]
+    command += ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "windows.json")]
+    command += [override for override in tiny_overrides(packed_demo) if not override.startswith("data.root")]
+    assert windows_accuracy.main(command) == 0
+
+    result = json.loads((tmp_path / "windows.json").read_text())
+    assert (result["num_videos"], result["num_sources"], result["num_seeds"]) == (12, 12, 1)
+    assert result["config"]["resolved"]["temporal.steps"] == 10  # the command line's, not this benchmark's
+    one, two = result["rows"]
+    assert (one["k"], two["k"]) == (1, 2) and "difference" not in one
+    assert two["difference"]["pct"] == pytest.approx(two["pct"] - one["pct"])
+    for row in (one, two):
+        run = json.loads((tmp_path / "runs" / f"k{row['k']}" / "split1_seed0" / "results.json").read_text())
+        assert row["pct"] == pytest.approx(run["methods"]["temporal"]["accuracy_pct"])
+        assert 0 <= row["data_wait_pct"] <= 100
+
+
+@pytest.mark.slow
+def test_footprint_measures_opening_and_keeping(packed_demo, tmp_path):
+    out = tmp_path / "footprint.json"
+    assert footprint.main(["--quick", "--data", str(packed_demo), "--out", str(out)]) == 0
+    opened, *kept = json.loads(out.read_text())["rows"]
+    assert opened["case"] == "open" and opened["videos"] == 1000
+    assert opened["resident_bytes"] > 0 and opened["batch_bytes"] == 8 * 20 * 40 * 40 * 4
+    assert 0 < opened["open_s"] <= opened["list_s"] <= opened["first_batch_s"]
+    assert [(row["case"], row["k"], row["batches"]) for row in kept] == [("keep", 1, 40), ("keep", 8, 40)]
+    assert all(row[f"resident_bytes_after_{n}"] > 0 for row in kept for n in (4, 40))
 
 
 def test_bootstrap_intervals_widen_with_dependence():

@@ -1,6 +1,7 @@
 """Damaged shards in batches large enough to end the process if the decoder ever saw them: always an error that names
 shard, member and offset, and never a wrong tensor."""
 
+import re
 import shutil
 import zlib
 
@@ -15,6 +16,7 @@ from loaders import dali_loader
 from loaders.batch import StreamSpec
 from loaders.draw import draw_batch, population
 from loaders.index import open_index
+from loaders.pipeline import Graph
 from tests.conftest import pack_arrays
 
 SPEC = StreamSpec(stream="temporal", L=10, crop_px=56)
@@ -44,11 +46,11 @@ def overwrite(path, offset, content):
         file.write(content)
 
 
-def load_first(root, spec=SPEC):
+def load_first(root, spec=SPEC, graph=None):
     index = open_index(root)
     batch_size = NUM_JPEGS // spec.num_images
-    loader = dali_loader.train_loader(index, index.split("split1_train"), spec, seed=0, batch_size=batch_size)
-    with loader:
+    rows = index.split("split1_train")
+    with dali_loader.train_loader(index, rows, spec, seed=0, batch_size=batch_size, graph=graph) as loader:
         return next(loader)
 
 
@@ -108,14 +110,20 @@ def test_a_cut_jpeg_never_reaches_the_decoder(one_shard, kind, spec):
         load_first(one_shard, spec)
 
 
+@pytest.mark.parametrize("graph", [Graph(), Graph(decoder="shared", mixed_share=0.3)], ids=["one", "shared"])
 @pytest.mark.parametrize("kind, spec", [("dx", SPEC), ("dx", WINDOWS), ("rgb", RGB)])
-def test_what_the_decoder_cannot_decode_is_named(one_shard, kind, spec):
-    """A JPEG of a lossless process: the decoder reports it by its number in the batch; that becomes the member."""
+def test_what_the_decoder_cannot_decode_is_named(one_shard, kind, spec, graph):
+    """A JPEG of a lossless process: the decoder reports it by its number in the batch; that becomes the member, or two
+    where two decoders share the batch and each has its own numbers.
+    """
     path, offset, size = first_member(open_index(one_shard), kind, spec)
     jpeg = path.read_bytes()[offset : offset + size]
     replace_member(one_shard, jpeg.replace(b"\xff\xc0", b"\xff\xc3", 1), kind, spec)
-    with pytest.raises(ShardError, match=rf"{path.name}: .*\.{kind}\.jpg at offset {offset}: no decodable JPEG"):
-        load_first(one_shard, spec)
+    with pytest.raises(ShardError, match="no decodable JPEG") as caught:
+        load_first(one_shard, spec, graph)
+    places = str(caught.value).split(": no decodable")[0].split(" or ")
+    assert len(places) == (1 if graph.decoder == "cpu" else 2)
+    assert any(re.fullmatch(rf"{path.name}: .*\.{kind}\.jpg at offset {offset}", place) for place in places)
 
 
 def test_after_errors_a_new_loader_gives_the_same_step(copy, packed):

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from loaders.batch import PCA_ALPHA_STD, StreamSpec
-from loaders.draw import VIEWS, draw_batch, population, rank_draws, view_taus
+from loaders.draw import draw_batch, population, rank_draws
 from loaders.index import open_index
+from loaders.views import VIEWS, view_taus
 
 TEMPORAL = StreamSpec(stream="temporal", L=3, crop_px=56)
 SPATIAL = StreamSpec(stream="spatial", crop_px=56)

@@ -82,6 +82,7 @@ def test_starting_over_deletes_the_old_run_and_nothing_else(packed, tmp_path):
     [
         (["--gpus", "99"], "--gpus 99: this machine has"),
         (["--procs", "3"], "train.batch_size=8 cannot be split evenly over 3 processes"),
+        (["data.stacks_per_window=3"], "batch of 8 cannot be shared evenly by 1 processes, in windows of 3 stacks"),
         (["train.sed=1"], "nearest known key is 'train.seed'"),
         (["data.root=/nowhere"], "/nowhere is no packed data set"),
         (["--config", "dmo"], "unknown config 'dmo'"),

@@ -10,9 +10,9 @@ from flow import fields as oracle
 from flow.codec import Codec
 from loaders import dali_loader, reference
 from loaders.batch import FLOW_SCALE, RGB_STD, StreamSpec
-from loaders.draw import VIEWS
 from loaders.index import open_index
 from loaders.pipeline import Graph
+from loaders.views import VIEWS
 from tests.conftest import pack_arrays
 
 SPECS = [

@@ -12,10 +12,11 @@ from flow.video import read_frames, write_video
 from loaders import dali_loader
 from loaders.batch import FLOW_SCALE, StreamSpec
 from loaders.dali_loader import DaliLoader
-from loaders.draw import VIEWS, Draw
+from loaders.draw import Draw
 from loaders.index import open_index
 from loaders.pipeline import Graph
 from loaders.source import Source
+from loaders.views import VIEWS
 
 L = 4
 

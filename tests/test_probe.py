@@ -48,6 +48,14 @@ def test_both_decoders_get_what_their_rates_promise(monkeypatch):
     assert graph.decoder == "shared" and graph.mixed_share == 0.75
 
 
+def test_where_whole_frames_are_decoded_no_decoder_of_regions_is_tried(monkeypatch):
+    """It would decode whole frames with a decoder that was only found to work on regions."""
+    monkeypatch.setattr(probe, "works", lambda decoder, region: region)
+    measured = rates(cpu=10, mixed=20, shared=30)
+    assert probe.choose_graph("cuda", 3, "auto", measured, whole_frames=True) == Graph("cuda", num_threads=3)
+    assert probe.choose_graph("cuda", 3, "auto", measured).decoder == "shared"
+
+
 def test_a_named_decoder_is_taken_or_refused(monkeypatch):
     monkeypatch.setattr(probe, "works", lambda decoder, region: not region)
     assert probe.choose_graph("cuda", 3, "cpu", None) == Graph("cuda", num_threads=3)

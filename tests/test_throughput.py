@@ -25,6 +25,7 @@ import ceilings  # noqa: E402
 import loader_throughput  # noqa: E402
 import peers  # noqa: E402
 import readme  # noqa: E402
+import row as row_module  # noqa: E402
 from row import Delivered, Job, Measured, RowError, RowProcess  # noqa: E402
 
 MIB = 1 << 20
@@ -46,7 +47,8 @@ def inputs_of(draw, root, spec):
 
 def shifted_row(job):
     for batch in loader_throughput.plain(job):
-        yield Delivered(batch.inputs, replace(batch.draw, tau=batch.draw.tau + 1))
+        draw = batch.draw()
+        yield Delivered(batch.inputs, lambda draw=draw: replace(draw, tau=draw.tau + 1))
 
 
 def reading_row(job):
@@ -73,6 +75,8 @@ def failing_row(job):
 
 
 def sleeping_row(job):
+    if job.cold:
+        raise ValueError("no such setting")
     while True:
         time.sleep(0.002 if job.region else 0.02)
         yield None
@@ -96,7 +100,7 @@ def test_a_peer_delivers_the_views_that_it_reports(folder, make, means, stream, 
     index = open_index(root)
     if make is peers.torch_dataloader:
         peers.write_loose_files(tmp_path, index, index.split(job.split), job.spec.kinds)
-    batches = list(islice(make(job), 4))
+    batches = [(batch.inputs, batch.draw()) for batch in islice(make(job), 4)]
     for inputs, draw in batches:
         assert inputs.shape == (16, job.spec.num_channels, 40, 40)
         np.testing.assert_allclose(inputs, inputs_of(draw, root, job.spec), atol=1e-4)
@@ -107,14 +111,38 @@ def test_a_peer_delivers_the_views_that_it_reports(folder, make, means, stream, 
         assert {int(tau) % 64 for _, draw in batches for tau in draw.tau} == {0}
 
 
-def test_a_row_that_reports_other_views_is_refused(packed_demo):
-    arguments = loader_throughput.parse(["--rounds", "1", "--seconds", "0.01"])
-    rows = {"honest": (loader_throughput.plain, job_of(packed_demo))}
-    index = open_index(packed_demo)
-    assert [len(turns["honest"]) for turns in loader_throughput.measure(rows, index, arguments)] == [1]
-    rows["liar"] = shifted_row, job_of(packed_demo)
-    with pytest.raises(SystemExit, match="row liar delivers other inputs than the reference computes"):
-        list(loader_throughput.measure(rows, index, arguments))
+def test_a_row_that_fails_or_reports_other_views_is_left_out_and_the_others_go_on(packed_demo):
+    arguments = loader_throughput.parse(["--rounds", "2", "--seconds", "0.01"])
+    makers = {"liar": shifted_row, "doomed": dying_row, "honest": loader_throughput.plain}
+    rows = {name: (make, job_of(packed_demo)) for name, make in makers.items()}
+    for num_rounds, (turns, errors) in enumerate(loader_throughput.measure(rows, open_index(packed_demo), arguments)):
+        assert {name: len(measured) for name, measured in turns.items()} == {"honest": num_rounds + 1}
+        assert set(errors) == {"liar", "doomed"}
+        assert "row liar delivers other inputs than the reference computes" in errors["liar"]
+        assert "row doomed: its process died with exit code 3" in errors["doomed"]
+    assert num_rounds == 1
+
+
+def test_a_failed_row_stands_in_the_file_and_makes_the_exit_status_1(packed_demo, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(loader_throughput, "plain", failing_row)
+    out = tmp_path / "loader_throughput.json"
+    command = ["--quick", "--data", packed_demo, "--streams", "temporal", "--out", out]
+    command += ["--rows", "reference", "ceiling_write"]
+    assert loader_throughput.main(list(map(str, command))) == 1
+    assert "no such luck" in capsys.readouterr().err
+    result = json.loads(out.read_text())
+    written, failed = result["rows"]
+    assert written["name"] == "ceiling_write" and set(failed) == {"stream", "name", "error"}
+    assert failed["name"] == "reference" and "no such luck" in failed["error"]
+    assert "reference" not in readme.throughput_table(result) and out.with_suffix(".png").exists()
+
+
+def test_what_had_been_read_before_the_pages_were_evicted_is_not_measured(packed_demo, monkeypatch):
+    events, counters = [], row_module._counters
+    monkeypatch.setattr(row_module, "evict", lambda root: events.append("evict"))
+    monkeypatch.setattr(row_module, "_counters", lambda: events.append("clock") or counters())
+    row_module._measure(iter(lambda: events.append("batch"), 0), job_of(packed_demo, cold=True), 0.001)
+    assert events[: events.index("clock")] == ["evict", *["batch"] * row_module.READ_AHEAD]
 
 
 def test_figures_are_those_of_the_whole_process_tree(packed_demo):
@@ -167,6 +195,24 @@ def test_the_fastest_setting_is_taken(packed_demo):
     best, rates = loader_throughput.best_setting("sleeping", sleeping_row, settings, 0.1)
     assert best == "fast" and rates["fast"] > rates["slow"] > 0
     assert loader_throughput.best_setting("sleeping", sleeping_row, {"only": settings["slow"]}, 0.1) == ("only", {})
+
+
+def test_a_setting_that_fails_is_skipped(packed_demo, capsys):
+    settings = {"failing": job_of(packed_demo, cold=True), "slow": job_of(packed_demo)}
+    best, rates = loader_throughput.best_setting("sleeping", sleeping_row, settings, 0.05)
+    assert best == "slow" and set(rates) == {"slow"}
+    assert "row sleeping, failing failed" in capsys.readouterr().err
+    with pytest.raises(RowError, match="(?s)row sleeping, one failed.*row sleeping, two failed"):
+        failing = {name: settings["failing"] for name in ("one", "two")}
+        loader_throughput.best_setting("sleeping", sleeping_row, failing, 0.05)
+
+
+def test_the_worker_counts_tried_can_be_named(packed_demo):
+    for arguments, expected in (([], [1, 2, 3, 4]), (["--workers", "8", "16"], [8, 16]), (["--quick"], [1])):
+        options = loader_throughput.parse(arguments)
+        for name in ("torch_dataloader", "webdataset"):
+            _, settings = loader_throughput.settings_of(name, job_of(packed_demo), options)
+            assert [job.workers for job in settings.values()] == expected
 
 
 def test_ratios_are_of_medians():

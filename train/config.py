@@ -55,7 +55,7 @@ class DataConfig:
     stacks_per_window: int = 1
     """k: in temporal training, L + k - 1 fields are decoded once and give k stacks, in different batches."""
     decoder: Literal["auto", "cpu", "mixed", "shared"] = "auto"
-    """Where JPEGs are decoded when training on a GPU; `auto` measures a few batches and takes the fastest."""
+    """Where JPEGs are decoded if there is a GPU; `auto` measures a few batches and takes the fastest that works."""
     num_threads: int | None = None
     """Loading threads of a process; null: the machine's cores divided by its processes."""
 

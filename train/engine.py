@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from loaders.batch import Batch, StreamSpec
-from loaders.draw import check_crop, population
+from loaders.draw import check_batch_size, check_crop, population
 from loaders.index import Index
 from loaders.source import Source
 from nets.cnn_m import CNNM, output_px
@@ -96,9 +96,10 @@ def compute_logits(net: nn.Module, inputs: Tensor, masks: tuple[Tensor, ...] | N
         return net(inputs.to(dtype, memory_format=MEMORY_FORMAT), masks).float()
 
 
-def check_stream(config: Config, stream: str, index: Index) -> None:
-    """Raise ValueError if the packed set cannot give the stream what the config asks for."""
+def check_stream(config: Config, stream: str, index: Index, world_size: int) -> None:
+    """Raise ValueError if the packed set cannot give the stream what the config asks for, or not to so many ranks."""
     spec = stream_spec(config, stream)
+    check_batch_size(config.train.batch_size, world_size, spec)
     output_px(spec.crop_px)
     Source(index, spec).close()  # are its members there?
     population(index, index.split(f"{config.data.split}_train"), spec)

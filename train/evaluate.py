@@ -19,8 +19,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from loaders.draw import VIEWS
 from loaders.index import Index, open_index
+from loaders.views import VIEWS
 from train.checkpoint import load_checkpoint
 from train.config import Config, read_config
 from train.dist import Machines, World, launch

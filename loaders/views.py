@@ -1,0 +1,53 @@
+"""Which test samples: the 25 stacks of a video, ten views of each (sec. 5), dealt out to the ranks."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from loaders.batch import StreamSpec
+from loaders.draw import Draw, check_crop
+from loaders.index import Index, Ints
+
+#: The ten test views: four corners and the centre, plain and mirrored (sec. 5). (y, x, mirrored), where y and x are
+#: fractions of the free border; a crop starts at floor(fraction * border).
+VIEWS = tuple(
+    (y, x, mirrored)
+    for mirrored in (False, True)
+    for y, x in ((0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0), (0.5, 0.5))
+)
+
+
+def view_taus(num_frames: int, frames_needed: int, num_taus: int) -> Ints:
+    """Starts of the test samples of one video, equally spaced from the first that fits to the last (sec. 5).
+
+        num_frames = 31, L = 10, num_taus = 3      tau = 0, 10, 20
+
+    A video shorter than a sample gives tau = 0 throughout; its last field is repeated.
+    """
+    last = max(num_frames - frames_needed, 0)
+    return np.rint(np.linspace(0, last, num_taus)).astype(np.int64) if num_taus > 1 else np.array([last // 2])
+
+
+def enumerate_views(
+    index: Index, rows: Ints, spec: StreamSpec, *, num_taus: int, batch_size: int, rank: int, world_size: int
+) -> Iterator[Draw]:
+    """Test samples of one rank, in batches of (video, tau) pairs; each stands for its ten views.
+
+    All pairs in list order are dealt out in runs of batch_size: batch b of rank r has run b * world_size + r. Every
+    rank gives the same number of batches; the last ones are padded with invalid copies of the first pair.
+    """
+    check_crop(index, rows, spec)
+    total = len(rows) * num_taus
+    for batch in range(num_view_batches(total, batch_size, world_size)):
+        pair = (batch * world_size + rank) * batch_size + np.arange(batch_size)
+        valid = pair < total
+        pair = np.where(valid, pair, 0)
+        video = np.asarray(rows, np.int64)[pair // num_taus]
+        taus = {int(v): view_taus(int(index.num_frames[v]), spec.frames_needed, num_taus) for v in np.unique(video)}
+        tau = np.array([taus[int(v)][p] for v, p in zip(video, pair % num_taus, strict=True)])
+        yield Draw.of_stacks(video, tau, np.zeros((batch_size, 2), np.int64), np.zeros(batch_size, bool), valid=valid)
+
+
+def num_view_batches(num_pairs: int, batch_size: int, world_size: int) -> int:
+    """Batches of (video, tau) pairs that each rank gets."""
+    return -(-num_pairs // (batch_size * world_size))

@@ -1,0 +1,97 @@
+"""Reading: the right bytes, in one read a run and clip, whatever the number of threads and open shards."""
+
+import os
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from flow.shard import CLIP_FRAMES, read_member
+from loaders import source as source_module
+from loaders.batch import StreamSpec
+from loaders.draw import draw_batch, population
+from loaders.index import open_index
+from loaders.source import Source
+
+SPECS = [StreamSpec(stream="spatial", crop_px=56), StreamSpec(stream="temporal", L=10, crop_px=56)]
+
+
+@pytest.fixture
+def index(packed):
+    return open_index(packed)
+
+
+def drawn(index, spec, step=0, batch_size=32):
+    draw = draw_batch(0, step, population(index, index.split("split1_train"), spec), spec, batch_size)
+    return draw.video, draw.tau, spec.steps
+
+
+def members(index, spec, video, first, steps):
+    """The same bytes, each member read for itself."""
+    for row, start in zip(video.tolist(), first.tolist(), strict=True):
+        for frame in range(start, start + steps):
+            for kind in spec.kinds:
+                entry = index.entries[kind][index.first_row[row] + frame]
+                shard = index.root / index.shards[index.shard[row]]
+                yield read_member(shard, int(entry["offset"]), int(entry["size"]), int(entry["crc32"]), kind)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.stream)
+def test_what_is_read_is_what_was_packed(index, spec):
+    """Also into a buffer that holds another batch's bytes, and to many threads at a time."""
+    source = Source(index, spec)
+    batches = [drawn(index, spec, step) for step in range(12)]
+    expected = [list(members(index, spec, *run)) for run in batches]
+
+    def images(run):
+        encoded = source.read(*run)
+        found = [image.tobytes() for image in encoded.images()]
+        source.release(encoded)
+        return found
+
+    with ThreadPoolExecutor(6) as threads:
+        assert list(threads.map(images, batches)) == expected
+    source.close()
+
+
+def test_few_open_shards_are_enough(index, monkeypatch):
+    monkeypatch.setattr(source_module, "_MAX_OPEN_SHARDS", 1)
+    assert len(index.shards) == 2
+    before = len(os.listdir("/proc/self/fd"))
+    source = Source(index, SPECS[1])
+    run = drawn(index, SPECS[1])
+    assert [image.tobytes() for image in source.read(*run).images()] == list(members(index, SPECS[1], *run))
+    assert len(os.listdir("/proc/self/fd")) == before + 1
+    source.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_stack_costs_one_read_and_one_more_across_a_clips_border(index, monkeypatch):
+    reads = Counter()
+
+    def preadv(file, buffers, offset):
+        reads[offset] += 1
+        return os_preadv(file, buffers, offset)
+
+    os_preadv = os.preadv
+    monkeypatch.setattr(source_module.os, "preadv", preadv)
+    spec = SPECS[1]
+    (row,) = index.rows(["run/long"])  # 70 frames: clips of 64 and 6
+    source = Source(index, spec)
+    for tau, expected in ((0, 1), (CLIP_FRAMES - 10, 1), (CLIP_FRAMES - 9, 2), (59, 2)):
+        reads.clear()
+        source.read(np.array([row]), np.array([tau]), 10)
+        assert sum(reads.values()) == expected
+    source.close()
+
+
+def test_an_index_that_claims_a_giant_is_refused_before_memory_is_taken(index):
+    spec = SPECS[1]
+    source = Source(index, spec)
+    entries = {kind: np.array(table) for kind, table in index.entries.items()}
+    (row,) = index.rows(["run/long"])
+    entries["dy"]["size"][index.first_row[row] + 3] = 4_000_000_000
+    source._tables = [entries[kind] for kind in spec.kinds]
+    with pytest.raises(ValueError, match=r"0000.003.dy.jpg at offset \d+: 4000000000 bytes by the index, no JPEG"):
+        source.read(np.array([row]), np.array([0]), 10)
