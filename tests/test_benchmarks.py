@@ -127,7 +127,8 @@ def test_accuracy_pools_runs_of_one_config(packed_demo, tmp_path):
 def test_windows_accuracy_pairs_runs_of_different_k(packed_demo, tmp_path):
     command = ["--data", str(packed_demo), "--config", "demo", "--k", "1", "2", "--splits", "1", "--seeds", "0"]
     command += ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "windows.json")]
-    command += [override for override in tiny_overrides(packed_demo) if not override.startswith("data.root")]
+    overrides = tiny_overrides(packed_demo, eval__num_taus=2)
+    command += [override for override in overrides if not override.startswith("data.root")]
     assert windows_accuracy.main(command) == 0
 
     result = json.loads((tmp_path / "windows.json").read_text())
