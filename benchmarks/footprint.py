@@ -5,7 +5,8 @@
 Each case runs in a process of its own. What the libraries take is there before the clock starts: they are imported, and
 have loaded one sample of a small set. The set of a million videos is an index made for the purpose, whose entries all
 point at the members of one packed video: opening it, drawing from it and looking up its list of ids cost what they cost
-with a million real ones, without the terabytes. resident_bytes is all that came on top, batches in the queue too.
+with a million real ones, without the terabytes. resident_bytes is all that came on top, batches in the queue too;
+private_bytes leaves out the pages of index and shards, which all processes share.
 """
 
 import argparse
@@ -59,9 +60,10 @@ def make_many(root: Path, source: Path, num_videos: int) -> None:
         (root / shard["name"]).symlink_to((source / shard["name"]).resolve())
 
 
-def resident_bytes() -> int:
-    """Resident memory of this process."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+def resident_bytes(kind: str = "VmRSS") -> int:
+    """Resident memory of this process; "RssAnon" is the part that no other process can share, no page of a file."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{kind}:")) * 1024
 
 
 def open_and_load(options: argparse.Namespace) -> dict[str, Any]:
@@ -72,7 +74,7 @@ def open_and_load(options: argparse.Namespace) -> dict[str, Any]:
         index, index.split("split1_train"), spec, seed=0, batch_size=options.batch_size
     ) as loader:
         next(loader)  # libraries load their parts at first use
-    before = resident_bytes()
+    before, private_before = resident_bytes(), resident_bytes("RssAnon")
     start_s = time.perf_counter()
     index = open_index(options.data)
     opened_s = time.perf_counter() - start_s
@@ -81,13 +83,14 @@ def open_and_load(options: argparse.Namespace) -> dict[str, Any]:
     with dali_loader.train_loader(index, rows, spec, seed=0, batch_size=options.batch_size) as loader:
         batch = next(loader)
         first_s = time.perf_counter() - start_s
-        used = resident_bytes() - before
+        used, private = resident_bytes() - before, resident_bytes("RssAnon") - private_before
     return {
         "videos": len(rows),
         "open_s": opened_s,
         "list_s": listed_s,
         "first_batch_s": first_s,
         "resident_bytes": used,
+        "private_bytes": private,
         "batch_bytes": batch.inputs.nbytes,
     }
 

@@ -115,8 +115,10 @@ def footprint_table(result: dict[str, Any]) -> str:
         "| | |",
         "| --- | --- |",
         f"| {opened[0]['videos']:,} videos: from opening to the first batch | {seconds:.1f} s |",
-        f"| the same: memory beyond the libraries, queue of batches included "
+        f"| the same: memory beyond the libraries, with the queue of batches of {num_bytes(opened[0]['batch_bytes'])} "
         f"| {num_bytes(median(row['resident_bytes'] for row in opened))} |",
+        f"| of that the process's own, not shared pages of index and shards "
+        f"| {num_bytes(median(row['private_bytes'] for row in opened))} |",
     ]
     for row in (row for row in result["rows"] if row["case"] == "keep"):
         early, late = (value for key, value in row.items() if key.startswith("resident_bytes_after_"))

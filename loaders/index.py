@@ -85,39 +85,28 @@ class Index:
     def _rows_of(self, lines: bytes) -> Ints:
         """Rows of the videos whose ids stand in UTF-8 lines.
 
-        Found by sorted hashes, all in numpy: a dict of a million ids would take seconds and 200 MB in every process.
+        Found by sorted hashes, all in numpy, and forgotten: a dict of a million ids would take seconds and 200 MB in
+        every process.
         """
         text = np.frombuffer(lines, np.uint8)
         ends = np.flatnonzero(text == ord("\n"))
         wanted = _Names(text, np.concatenate([[0], ends + 1])[:-1], np.diff(ends, prepend=-1) - 1)
-        hashes, order = self._hashes
-        wanted_hashes = wanted.hashes()
-        wanted_order = np.argsort(wanted_hashes)  # a search in order is ten times faster than one at random
-        rows = np.empty(len(ends), np.int64)
+        ids = _Names(self._names, self._videos["name_at"].astype(np.int64), self._videos["name_bytes"].astype(np.int64))
+        hashes, wanted_hashes = ids.hashes(), wanted.hashes()
+        order, wanted_order = np.argsort(hashes), np.argsort(wanted_hashes)
+        hashes = hashes[order]
+        rows = np.empty(len(ends), np.int64)  # a search in order is ten times faster than one at random
         rows[wanted_order] = order[np.searchsorted(hashes, wanted_hashes[wanted_order]) % self.num_videos]
-        for i in np.flatnonzero(~self._ids.equal(rows, wanted)):  # missing, or behind another id of the same hash
-            rows[i] = self._search(wanted.name(int(i)), wanted_hashes[i])
+        for i in np.flatnonzero(~ids.equal(rows, wanted)).tolist():  # missing, or behind another id of the same hash
+            name = wanted.name(i)
+            alike = slice(*(np.searchsorted(hashes, wanted_hashes[i], side) for side in ("left", "right")))
+            found = [row for row in order[alike].tolist() if ids.name(row) == name]
+            if not found:
+                raise ValueError(
+                    f"{self.root} holds no video {name.decode()!r}. Check the split file, or pack the set again."
+                )
+            rows[i] = found[0]
         return rows
-
-    def _search(self, name: bytes, hash_: np.uint64) -> int:
-        hashes, order = self._hashes
-        for row in order[np.searchsorted(hashes, hash_, "left") : np.searchsorted(hashes, hash_, "right")]:
-            if self._ids.name(int(row)) == name:
-                return int(row)
-        raise ValueError(f"{self.root} holds no video {name.decode()!r}. Check the split file, or pack the set again.")
-
-    @cached_property
-    def _ids(self) -> "_Names":
-        return _Names(
-            self._names, self._videos["name_at"].astype(np.int64), self._videos["name_bytes"].astype(np.int64)
-        )
-
-    @cached_property
-    def _hashes(self) -> tuple[npt.NDArray[np.uint64], Ints]:
-        """Hashes of all ids, sorted, and the rows they belong to."""
-        hashes = self._ids.hashes()
-        order = np.argsort(hashes)
-        return hashes[order], order
 
     def splits(self) -> list[str]:
         """Names of the lists in splits/, such as "split1_train"."""
