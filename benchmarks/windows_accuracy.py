@@ -19,7 +19,7 @@ from common import RESULTS, write_result
 import numpy as np  # isort: skip
 
 from loaders.index import open_index
-from train.config import read_config, to_flat
+from train.config import differing_keys, read_config, resolve_config, to_flat
 from train.fuse import source_group
 from train.log import read_log
 
@@ -38,11 +38,15 @@ def train_missing(options: argparse.Namespace, k: int, folder: Path) -> list[Pat
         for split in options.splits:
             run = folder / f"split{split}_seed{seed}"
             runs.append(run)
-            arguments = ["--gpus", "0", "--config", options.config, "--run", str(run), f"data.root={options.data}"]
-            arguments += [f"data.split=split{split}", f"train.seed={seed}", f"data.stacks_per_window={k}"]
-            subprocess.run(
-                [sys.executable, "-m", "train.launch", *arguments, *OVERRIDES, *options.overrides], check=True
-            )
+            overrides = [f"data.root={options.data}", f"data.split=split{split}", f"train.seed={seed}"]
+            overrides += [f"data.stacks_per_window={k}", *OVERRIDES, *options.overrides]
+            if not (run / "results.json").exists():
+                command = ["--gpus", "0", "--config", options.config, "--run", str(run), *overrides]
+                subprocess.run([sys.executable, "-m", "train.launch", *command], check=True)
+            elif differing := differing_keys(
+                read_config(run / "config.yaml"), resolve_config(options.config, overrides)
+            ):
+                sys.exit(f"{run} was trained with another config: {'; '.join(differing)}. Choose another --runs.")
     return runs
 
 
