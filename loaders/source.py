@@ -149,7 +149,7 @@ class Source:
         header = self._headers.get(expected, b"-")
         for i, (begin, row, (offset, size, crc32)) in enumerate(zip(begins, rows, members, strict=True)):
             wrong = damage(row[: max(0, end - offset)], size, crc32)
-            if not wrong and not buffer.startswith(header, begin):
+            if not wrong and (size < len(header) or not buffer.startswith(header, begin)):
                 wrong = self._wrong_size(row, expected)
             if not wrong and not buffer.startswith(JPEG_END, begin + size - len(JPEG_END)):
                 wrong = (

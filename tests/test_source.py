@@ -95,3 +95,23 @@ def test_an_index_that_claims_a_giant_is_refused_before_memory_is_taken(index):
     source._tables = [entries[kind] for kind in spec.kinds]
     with pytest.raises(ValueError, match=r"0000.003.dy.jpg at offset \d+: 4000000000 bytes by the index, no JPEG"):
         source.read(np.array([row]), np.array([0]), 10)
+
+
+def test_a_member_that_the_index_calls_empty_is_refused(index):
+    """Its CRC-32 is that of no bytes, in its place in the buffer begins a good image of the batch before, and the bytes
+    in front of it are the end of the longest image."""
+    spec = SPECS[1]
+    source = Source(index, spec)
+    rows, first = index.rows(["run/long"]), np.array([0])
+    encoded = source.read(rows, first, 10)
+    source.release(encoded)
+    step, kind = divmod(int(encoded.sizes[:-1].argmax()) + 1, 2)
+    assert encoded.sizes[:-1].max() == encoded.sizes.max()
+    entries = {name: np.array(index.entries[name]) for name in spec.kinds}
+    for key in ("size", "crc32"):
+        entries[spec.kinds[kind]][key][index.first_row[rows[0]] + step] = 0
+    source._tables = [entries[name] for name in spec.kinds]
+    with pytest.raises(
+        ValueError, match=rf"00{step}.{spec.kinds[kind]}.jpg at offset \d+: The bytes begin with nothing"
+    ):
+        source.read(rows, first, 10)
