@@ -3,6 +3,8 @@
 A field is float32 (2, H, W) in px/frame: component 0 is dx (to the right), component 1 is dy (down).
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 
@@ -50,3 +52,64 @@ def stack_fields(fields: Array, tau: int, L: int) -> Array:
         )
     # (L, 2, H, W) -> (2L, H, W)
     return fields[tau : tau + L].reshape(2 * L, height, width)
+
+
+def sample_bilinear(field: Array, points: Array) -> Array:
+    """Field (2, H, W) at points (2, ...), x and y in px, 0 <= x <= W - 1, 0 <= y <= H - 1: (2, ...), bilinear."""
+    height, width = field.shape[1:]
+    x, y = points
+    x0 = np.clip(np.floor(x), 0, max(width - 2, 0)).astype(np.int64)
+    y0 = np.clip(np.floor(y), 0, max(height - 2, 0)).astype(np.int64)
+    x1, y1 = np.minimum(x0 + 1, width - 1), np.minimum(y0 + 1, height - 1)
+    right, down = x - x0, y - y0
+    above = field[:, y0, x0] * (1 - right) + field[:, y0, x1] * right
+    below = field[:, y1, x0] * (1 - right) + field[:, y1, x1] * right
+    return (above * (1 - down) + below * down).astype(np.float32)
+
+
+def trajectory_points(fields: Array) -> Array:
+    """Where each pixel of the first frame is in the frame of each field: p_1 .. p_L of eq. (2).
+
+        p_1 = (u, v),  p_k = p_{k-1} + d_{tau+k-2}(p_{k-1})
+
+    A point that would leave the frame stays at its border. fields (L, 2, H, W) px/frame, *raw*: a field less its mean
+    vector moves nothing to where it is seen next -> (L, 2, H, W), x and y in px. Simonyan & Zisserman 2014, sec. 3.1.
+    """
+    height, width = fields.shape[2:]
+    border = np.array([width - 1, height - 1], np.float32)[:, None, None]
+    points = [np.stack(np.meshgrid(np.arange(width), np.arange(height))).astype(np.float32)]
+    for field in fields[:-1]:
+        points.append(np.clip(points[-1] + sample_bilinear(field, points[-1]), 0, border))
+    return np.stack(points)
+
+
+def stack_trajectories(fields: Array, tau: int, L: int) -> Array:
+    """Trajectory stacking, eq. (2): as `stack_fields`, with each field sampled along the trajectories from tau on.
+
+    fields (T-1, 2, H, W) px/frame, raw -> (2L, H, W) px/frame. A field's mean, if it is to be subtracted, is
+    subtracted from the samples. Raises ValueError if the stack leaves the video.
+    """
+    stack = stack_fields(fields, tau, L)
+    stack = stack.reshape(L, 2, *stack.shape[1:])
+    sampled = [sample_bilinear(field, points) for field, points in zip(stack, trajectory_points(stack), strict=True)]
+    return np.concatenate(sampled)
+
+
+def stack_bidirectional(
+    forward: Array, backward: Array, tau: int, L: int, stack: Callable[[Array, int, int], Array] = stack_fields
+) -> Array:
+    """Bi-directional stacking: the motion from the middle frame tau to both sides.
+
+        frames     0   1   2   3   4        forward   d_0 .. d_3, d_t from frame t to t+1
+        tau=2, L=4         d_2 d_3          backward  b_1 .. b_4, b_t from frame t to t-1
+                       b_1 b_2         ->   channels  d_2 d_3 b_2 b_1, dx and dy of each
+
+    forward, backward (T-1, 2, H, W) px/frame: d_0 .. d_{T-2} and b_1 .. b_{T-1}; stack: `stack_fields` or
+    `stack_trajectories` -> (2L, H, W) px/frame. Raises ValueError for an odd L, or if the stack leaves the video.
+    Simonyan & Zisserman 2014, sec. 3.1.
+    """
+    half, last = L // 2, len(backward)
+    if L % 2 or not half <= tau <= last - half:
+        raise ValueError(f"tau={tau}, L={L}: L is even, and tau in [L/2, T-1-L/2] = [{half}, {last - half}].")
+    # b_tau, b_{tau-1}, ...: the backward fields in the order in which time runs back.
+    return np.concatenate([stack(forward, tau, half), stack(backward[::-1], last - tau, half)])

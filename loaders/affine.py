@@ -29,6 +29,7 @@ def image_affine(
     """
     if spec.stream == "spatial":
         offset = alpha.astype(np.float64) * PCA_STD @ PCA_VECTORS.T  # (n, 3) grey levels
+        offset = np.repeat(offset, spec.steps, axis=0)  # the frames of a sample share its colour
         return RGB_MEAN - offset, np.tile(RGB_STD.astype(np.float64), (len(offset), 1))
     lo, hi = entries["lo"].astype(np.float64), entries["hi"].astype(np.float64)
     step = (hi - lo) / 255  # px/frame a code; the codec never writes an empty range

@@ -30,9 +30,12 @@ PCA_ALPHA_STD = 0.1
 class StreamSpec:
     """What one stream's net takes in.
 
-    stream: "spatial", one RGB frame; or "temporal", L stacked fields, 2L channels (sec. 3.1, eq. 1).
+    stream: "spatial", RGB frames; or "temporal", L stacked fields, 2L channels (sec. 3.1, eq. 1).
     crop_px: side of the square crop.
     subtract_mean: from each field its own mean vector (sec. 3.1). Temporal only.
+    stacking: "flow", fields sampled at one place, eq. (1); "trajectory", along trajectories, eq. (2). Temporal only.
+    bidirectional: L/2 forward fields and L/2 backward ones, away from the middle frame tau. Temporal only.
+    rgb_frames: consecutive frames of a sample, 3 channels each. Spatial only.
     color_jitter: PCA colour offset in training (sec. 5, after its reference [15]). Spatial only.
     random_mirror: mirror half of the training samples.
     stacks_per_window: k; in training a window of L + k - 1 fields is decoded once and gives k stacks. Temporal only.
@@ -42,30 +45,65 @@ class StreamSpec:
     L: int = 10
     crop_px: int = 224
     subtract_mean: bool = True
+    stacking: str = "flow"
+    bidirectional: bool = False
+    rgb_frames: int = 1
     color_jitter: bool = True
     random_mirror: bool = True
     stacks_per_window: int = 1
 
     def __post_init__(self) -> None:
-        if self.stream not in ("spatial", "temporal"):
-            raise ValueError(f"stream={self.stream!r}: there are 'spatial' and 'temporal'.")
-        if self.L < 1 or self.crop_px < 1:
-            raise ValueError(f"L={self.L}, crop_px={self.crop_px}: both are at least 1.")
-        if self.stacks_per_window < 1 or (self.stacks_per_window > 1 and self.stream == "spatial"):
+        if self.stream not in ("spatial", "temporal") or self.stacking not in ("flow", "trajectory"):
             raise ValueError(
-                f"stacks_per_window={self.stacks_per_window} on the {self.stream} stream: at least 1, and only stacks "
-                "of fields share what is decoded; take 1 for RGB frames."
+                f"stream={self.stream!r} is 'spatial' or 'temporal', stacking={self.stacking!r} is 'flow' or "
+                "'trajectory'."
+            )
+        if self.L < 1 or self.crop_px < 1 or self.rgb_frames < 1:
+            raise ValueError(f"L={self.L}, crop_px={self.crop_px}, rgb_frames={self.rgb_frames}: all are at least 1.")
+        if self.bidirectional and self.L % 2:
+            raise ValueError(f"L={self.L}: a bi-directional stack has L/2 fields to each side; take an even L.")
+        if self.stacks_per_window < 1 or (self.stacks_per_window > 1 and not self._shares_windows):
+            raise ValueError(
+                f"stacks_per_window={self.stacks_per_window} with stream={self.stream}, stacking={self.stacking}, "
+                f"bidirectional={self.bidirectional}: at least 1, and only forward stacks of flow, eq. (1), share "
+                "what is decoded; take 1."
             )
 
     @property
+    def _shares_windows(self) -> bool:
+        return self.is_temporal and self.stacking == "flow" and not self.bidirectional
+
+    @property
+    def is_temporal(self) -> bool:
+        return self.stream == "temporal"
+
+    @property
+    def follows_trajectories(self) -> bool:
+        return self.is_temporal and self.stacking == "trajectory"
+
+    @property
     def kinds(self) -> tuple[str, ...]:
-        """Member kinds of one time step, in channel order."""
-        return ("rgb",) if self.stream == "spatial" else ("dx", "dy")
+        """Member kinds of one time step, in channel order; those of the backward half are `backward_kinds`."""
+        return ("dx", "dy") if self.is_temporal else ("rgb",)
+
+    @property
+    def backward_kinds(self) -> tuple[str, ...]:
+        return ("bdx", "bdy") if self.is_temporal and self.bidirectional else ()
+
+    @property
+    def num_chains(self) -> int:
+        """Directions in time that a sample goes from tau: 1, or 2."""
+        return 2 if self.backward_kinds else 1
 
     @property
     def steps(self) -> int:
-        """Time steps of a sample: 1 frame, or L fields."""
-        return 1 if self.stream == "spatial" else self.L
+        """Time steps of a sample: its RGB frames, or L fields."""
+        return self.L if self.is_temporal else self.rgb_frames
+
+    @property
+    def chain_steps(self) -> int:
+        """Time steps of a sample in one direction: L, or L/2 of a bi-directional stack."""
+        return self.steps // self.num_chains
 
     @property
     def window_steps(self) -> int:
@@ -74,18 +112,23 @@ class StreamSpec:
 
     @property
     def frames_needed(self) -> int:
-        """Frames a video must have to hold one sample: 1, or L + 1."""
-        return 1 if self.stream == "spatial" else self.L + 1
+        """Frames a video must have to hold one sample: those of the sample, or L + 1."""
+        return self.L + 1 if self.is_temporal else self.rgb_frames
+
+    @property
+    def frames_before(self) -> int:
+        """Frames that a sample reaches back from tau: 0, or L/2 of a bi-directional stack."""
+        return self.chain_steps if self.num_chains > 1 else 0
 
     @property
     def num_images(self) -> int:
-        """Encoded images of one sample: 1 RGB JPEG, or 2L components."""
+        """Encoded images of one sample: its RGB JPEGs, or 2L components."""
         return self.steps * len(self.kinds)
 
     @property
     def num_channels(self) -> int:
-        """Channels of one sample: 3, or 2L."""
-        return 3 if self.stream == "spatial" else 2 * self.L
+        """Channels of one sample: 3 a frame, or 2L."""
+        return 2 * self.L if self.is_temporal else 3 * self.rgb_frames
 
 
 @dataclass(frozen=True)

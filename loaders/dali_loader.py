@@ -2,10 +2,10 @@
 
 draw_batch(seed, step) ─ Source.read, in threads ─ DALI graph, in its threads ─────────────────── Batch
 with windows                                     ─ decode graph ─ WindowPool ─ stack graph ────── Batch
+trajectories                                     ─ field graph ─ torch, on the device ─────────── Batch
 """
 
 import re
-from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain
@@ -24,7 +24,9 @@ from loaders.index import Index
 from loaders.pipeline import Graph
 from loaders.probe import choose_graph, samples_per_s
 from loaders.reader import Reader, Request, requests
+from loaders.region import reachable, whole_frames
 from loaders.source import Encoded, Source
+from loaders.trajectory import cut_view, stack_crops, stack_frames
 from loaders.views import VIEWS, enumerate_views, num_view_batches
 from loaders.windows import WindowPool, cut_stacks, to_inputs
 
@@ -51,13 +53,15 @@ class DaliLoader:
         self.num_left_out = num_left_out
         views = num_batches is not None
         self._reader = Reader(source, requests(draws, self._spec, start_step, views))
-        self._batches: deque[Batch] = deque()
+        self._batches: Iterator[Batch] = iter(())
         self._in_use = InUse(graph.device)
         make, self._inputs = _decoding(source, views)
         self._decoder = FedGraph(partial(make, self._spec, graph, batch_size), self._feed)
         self._graphs = [self._decoder]
-        self._make: Callable[[], list[Batch]] = self._make_directly
-        if self._spec.stacks_per_window > 1 and not views:
+        self._make: Callable[[], Iterator[Batch]] = self._make_directly
+        if self._spec.follows_trajectories:
+            self._make = self._make_views_of_trajectories if views else self._make_trajectories
+        elif self._spec.stacks_per_window > 1 and not views:
             self._pool = WindowPool(self._spec, max_pixels=int((source.index.heights * source.index.widths).max()))
             self._codes: list[torch.Tensor] = []  # buffers of crops that are free
             self._make = self._make_from_windows
@@ -80,28 +84,48 @@ class DaliLoader:
     def __next__(self) -> Batch:
         """The next batch. Raises ShardError if a member is damaged; the loader is of no further use then."""
         self._in_use.keep_delivered()
-        while not self._batches:
-            self._batches.extend(self._make())
-        batch = self._batches.popleft()
+        while (batch := next(self._batches, None)) is None:
+            self._batches = self._make()
         self._in_use.deliver(batch)
         return batch
 
-    def _make_directly(self) -> list[Batch]:
+    def _make_directly(self) -> Iterator[Batch]:
         """A training batch, or the ten views of a test batch."""
         outputs, request = self._decode()
-        return [self._batch(request.draw, _as_torch(output)) for output in outputs]
+        return iter([self._batch(request.draw, _as_torch(output)) for output in outputs])
 
-    def _make_by_stacker(self) -> list[Batch]:
+    def _make_by_stacker(self) -> Iterator[Batch]:
         (output,), (draw, codes) = self._stacker.run()
         self._codes.append(codes)
-        return [self._batch(draw, _as_torch(output))]
+        return iter([self._batch(draw, _as_torch(output))])
 
-    def _make_from_windows(self) -> list[Batch]:
+    def _make_from_windows(self) -> Iterator[Batch]:
         outputs, request = self._decode()
         codes = self._cut(outputs, request)
         images = to_inputs(codes, request.draw, self._entries(request.draw), self._spec)
         self._codes.append(codes)  # the device will write to it after it has read it
-        return [self._batch(request.draw, images)]
+        return iter([self._batch(request.draw, images)])
+
+    def _make_trajectories(self) -> Iterator[Batch]:
+        outputs, request = self._decode()
+        entries, draw = self._entries(request.draw), request.draw
+        region = reachable(draw, entries, self._spec, self._source.index)
+        images = stack_crops(self._fields(outputs), draw, entries, region, self._spec)
+        self._in_use.keep(outputs)
+        return iter([self._batch(draw, images)])
+
+    def _make_views_of_trajectories(self) -> Iterator[Batch]:
+        """The ten views one by one: all at once would hold ten times their memory."""
+        outputs, request = self._decode()
+        region = whole_frames(request.draw, self._source.index)
+        images = stack_frames(self._fields(outputs), self._entries(request.draw), region, self._spec)
+        self._in_use.keep(outputs)
+        return (self._batch(request.draw, cut_view(images, view, region, self._spec)) for view in VIEWS)
+
+    def _fields(self, outputs: Any) -> torch.Tensor:
+        """A field graph's output, (n, 2L, H, W) px/frame."""
+        images = _as_torch(outputs[0])
+        return images.view(-1, self._spec.num_channels, *images.shape[1:3])
 
     def _decode(self) -> tuple[Any, Request]:
         """Outputs of the first graph, and the request they answer."""
@@ -161,7 +185,7 @@ class DaliLoader:
         """Shard, member and offset of an image of a request."""
         step, kind = divmod(image, len(self._spec.kinds))
         run, step = divmod(step, request.steps)
-        return self._source.where(int(request.video[run]), int(request.first[run]) + step, kind)
+        return self._source.where(int(request.video[run]), int(request.tau[run]), step, kind)
 
     def close(self) -> None:
         """Stop the reader and free the graphs' buffers. Batches already delivered stay valid on the CPU."""
@@ -186,10 +210,16 @@ def _decoding(source: Source, views: bool) -> tuple[Callable[..., Any], Callable
         return graphs.decode_pipeline, lambda request, encoded, graph: graphs.decode_inputs(encoded, graph)
 
     def inputs(request: Request, encoded: Encoded, graph: Graph) -> tuple[Any, ...]:
-        entries = source.entries(request.video, request.first, request.steps)
+        entries = source.entries(request.video, request.tau, request.steps)
+        if spec.follows_trajectories:
+            index, draw = source.index, request.draw
+            region = whole_frames(draw, index) if views else reachable(draw, entries, spec, index)
+            return graphs.field_inputs(encoded, region, entries, spec, graph)
         make = graphs.view_inputs if views else graphs.train_inputs
         return make(encoded, request.draw, entries, spec, graph)
 
+    if spec.follows_trajectories:
+        return graphs.field_pipeline, inputs
     return graphs.view_pipeline if views else graphs.train_pipeline, inputs
 
 
@@ -202,7 +232,7 @@ def _choose_graph(
 
     def measure(graph: Graph) -> float:
         (request,) = requests(iter([first]), source.spec, 0, views)
-        encoded = source.read(request.video, request.first, request.steps)
+        encoded = source.read(request.video, request.tau, request.steps)
         fed = inputs(request, encoded, graph)
         return samples_per_s(make(source.spec, graph, len(first), lambda: fed), len(first))
 

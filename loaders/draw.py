@@ -40,7 +40,7 @@ SPREAD = 4
 class Draw:
     """n samples. All arrays have n rows.
 
-    video  (n,) row of the index          tau    (n,) first frame or field, 0-based
+    video  (n,) row of the index          tau    (n,) first frame or field, 0-based; of bi-directional stacks the middle
     crop   (n, 2) y0, x0 in px; its size is the stream's crop_px
     mirror (n,) bool                      alpha  (n, 3) weights of the colour components
     valid  (n,) bool, False for padding
@@ -216,6 +216,7 @@ def _draw_born(seed: int, birth: int, videos: Population, spec: StreamSpec, batc
     chosen = videos.start[label] + below(videos.start[label + 1] - videos.start[label], num_windows)
     num_starts = videos.num_frames[chosen] - spec.frames_needed + 1
     tau = below(num_starts, num_windows)
+    tau = tau + spec.frames_before
     first = tau
     if k > 1:
         tau, first = _spread_taus(tau, num_starts, k, generator)

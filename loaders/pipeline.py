@@ -3,6 +3,7 @@
     train   jpeg ─ decode the crop only ─ flip ─ affine ──────────────── float32
     test    jpeg ─ decode the frame ─┬─ 5 crops, plain and mirrored ──── 10 x float32
     decode  jpeg ─ decode the frame ─┴───────────────────────────────── uint8, for the pool of windows
+    field   jpeg ─ decode a region ─ pad ─ px/frame ─────────────────── float32, for trajectories
     stack   crop, uint8 ─ flip ─ affine ─────────────────────────────── float32, from that pool
 
 A textbook graph has a decoder branch for each of the 2L channels and a concatenation; here the channels are samples of
@@ -21,6 +22,7 @@ from nvidia.dali import Pipeline, pipeline_def
 from loaders.affine import image_affine
 from loaders.batch import StreamSpec
 from loaders.draw import Draw
+from loaders.region import Region
 from loaders.source import Encoded
 from loaders.views import VIEWS
 
@@ -97,6 +99,14 @@ def view_inputs(encoded: Encoded, draw: Draw, entries: Any, spec: StreamSpec, gr
     return *decode_inputs(encoded, graph), *(v.astype(np.float32) for v in (shift, width, mirrored_width))
 
 
+def field_inputs(encoded: Encoded, region: Region, entries: Any, spec: StreamSpec, graph: Graph) -> tuple[Any, ...]:
+    """What the field graph is fed: `decode_inputs`; start and size (m, 2) int32 of the images' regions; scale and shift
+    (m,) float32, px/frame a code and px/frame of code 0."""
+    start, size = (np.repeat(yx.astype(np.int32), spec.num_images, axis=0) for yx in (region.start, region.size))
+    lo, hi = (entries[key].astype(np.float64).reshape(-1) for key in ("lo", "hi"))
+    return *decode_inputs(encoded, graph), start, size, ((hi - lo) / 255).astype(np.float32), lo.astype(np.float32)
+
+
 def _jpeg_types(graph: Graph) -> list[tuple[Any, int]]:
     """Element type and number of dimensions of what `decode_inputs` gives for an image."""
     return [(types.UINT8, 1), (types.BOOL, 0)][: 2 if graph.decoder == "shared" else 1]
@@ -109,7 +119,7 @@ def _affine_types(spec: StreamSpec) -> list[tuple[Any, int]]:
 
 def train_pipeline(spec: StreamSpec, graph: Graph, batch_size: int, feed: Feed) -> Pipeline:
     """Graph of training batches: one output, float32 on the device, (batch_size * num_images, crop, crop, 1) of
-    components or (batch_size, 3, crop, crop) of RGB.
+    components or (batch_size * num_images, 3, crop, crop) of RGB.
 
     feed gives the next `train_inputs`, or raises StopIteration.
     """
@@ -119,11 +129,7 @@ def train_pipeline(spec: StreamSpec, graph: Graph, batch_size: int, feed: Feed) 
         *jpeg, start, mirror, scale, shift = _external(
             feed, [*_jpeg_types(graph), (types.INT32, 1), *_affine_types(spec)]
         )
-        crop = {"start": start, "shape": [spec.crop_px, spec.crop_px], "axes": [0, 1]}
-        if graph.region:
-            image = _decode(fn.decoders.image_slice, jpeg, spec, graph, **crop)
-        else:
-            image = fn.slice(_decode(fn.decoders.image, jpeg, spec, graph), **crop)
+        image = _decode_crop(jpeg, spec, graph, start=start, shape=[spec.crop_px, spec.crop_px])
         return _affine(image, mirror, scale, shift, spec)
 
     return _built(build())
@@ -155,6 +161,23 @@ def stack_pipeline(spec: StreamSpec, graph: Graph, batch_size: int, feed: Feed) 
             feed, [(types.UINT8, 3), *_affine_types(spec)], layout=["HWC", "", "", ""]
         )
         return _affine(codes, mirror, scale, shift, spec)
+
+    return _built(build())
+
+
+def field_pipeline(spec: StreamSpec, graph: Graph, batch_size: int, feed: Feed) -> Pipeline:
+    """Graph of raw fields: one output, (batch_size * num_images, H, W, 1) float32 px/frame on the device, padded to the
+    largest region of the batch.
+
+    feed gives the next `field_inputs`, or raises StopIteration.
+    """
+
+    @pipeline_def(**_options(graph, batch_size * spec.num_images))
+    def build() -> Any:
+        inputs = [*_jpeg_types(graph), (types.INT32, 1), (types.INT32, 1), (types.FLOAT, 0), (types.FLOAT, 0)]
+        *jpeg, start, shape, scale, shift = _external(feed, inputs)
+        image = _decode_crop(jpeg, spec, graph, start=start, shape=shape)
+        return _scaled(fn.pad(image, axes=[0, 1]), scale, shift)
 
     return _built(build())
 
@@ -230,6 +253,14 @@ def _decode(operator: Any, inputs: Any, spec: StreamSpec, graph: Graph, **argume
     return _on_device(image, graph) if graph.decoder == "cpu" else image
 
 
+def _decode_crop(inputs: Any, spec: StreamSpec, graph: Graph, *, start: Any, shape: Any) -> Any:
+    """Crops of images on the device; start y0, x0 and shape height, width in px."""
+    crop = {"start": start, "shape": shape, "axes": [0, 1]}
+    if graph.region:
+        return _decode(fn.decoders.image_slice, inputs, spec, graph, **crop)
+    return fn.slice(_decode(fn.decoders.image, inputs, spec, graph), **crop)
+
+
 def _on_device(image: Any, graph: Graph) -> Any:
     """Codes cross to the GPU as uint8, a quarter of the bytes of the result."""
     return image.gpu() if graph.device == "cuda" else image
@@ -245,5 +276,9 @@ def _affine(image: Any, mirror: Any, scale: Any, shift: Any, spec: StreamSpec) -
         return fn.crop_mirror_normalize(
             image, dtype=types.FLOAT, output_layout="CHW", mirror=mirror, mean=shift, std=scale
         )
-    image = fn.flip(image, horizontal=mirror)
+    return _scaled(fn.flip(image, horizontal=mirror), scale, shift)
+
+
+def _scaled(image: Any, scale: Any, shift: Any) -> Any:
+    """scale * image + shift, float32."""
     return fn.brightness_contrast(image, dtype=types.FLOAT, contrast=scale, contrast_center=0.0, brightness_shift=shift)

@@ -17,11 +17,11 @@ _READERS = 2
 
 @dataclass(frozen=True)
 class Request:
-    """A batch to make: its draw, the runs (video, first) of `steps` time steps to decode, and new windows if any."""
+    """A batch to make: its draw, the runs (video, tau) of `steps` time steps to decode, and new windows if any."""
 
     draw: Draw
     video: Ints
-    first: Ints
+    tau: Ints
     steps: int
     new: NewWindows | None = None
 
@@ -48,7 +48,7 @@ class Reader:
     def take(self) -> tuple[Request, Encoded]:
         """The next request and its bytes. Raises StopIteration at the end, ShardError for a damaged member."""
         while len(self._ahead) <= _READ_AHEAD and (request := next(self._requests, None)) is not None:
-            read = self._threads.submit(self.source.read, request.video, request.first, request.steps)
+            read = self._threads.submit(self.source.read, request.video, request.tau, request.steps)
             self._ahead.append((request, read))
         if not self._ahead:
             raise StopIteration

@@ -9,12 +9,12 @@ import numpy.typing as npt
 import torch
 
 from flow.codec import decode_component, decode_rgb
-from flow.fields import mirror_field, subtract_mean
+from flow.fields import mirror_field, stack_trajectories, subtract_mean
 from loaders.batch import FLOW_SCALE, PCA_STD, PCA_VECTORS, RGB_MEAN, RGB_STD, Batch, StreamSpec
 from loaders.draw import Draw, Ints, population, rank_draws
 from loaders.index import Index
 from loaders.source import Source
-from loaders.views import VIEWS, enumerate_views, num_view_batches
+from loaders.views import VIEWS, enumerate_views, num_view_batches, view_crop
 
 Array = npt.NDArray[np.float32]
 
@@ -61,41 +61,43 @@ class ReferenceLoader:
         side = self._source.spec.crop_px
         for draw in draws:
             samples = self._samples(draw)
-            for y, x, mirrored in VIEWS:
+            for view in VIEWS:
                 crops = []
                 for sample in samples:
-                    y0, x0 = int(y * (sample.shape[-2] - side)), int(x * (sample.shape[-1] - side))
+                    y0, x0 = view_crop(view, (sample.shape[-2], sample.shape[-1]), side)
                     crop = sample[..., y0 : y0 + side, x0 : x0 + side]
-                    crops.append(self._input(crop, mirrored, np.zeros(3, np.float32)))
+                    crops.append(self._input(crop, view[2], np.zeros(3, np.float32)))
                 yield self._batch(draw, crops)
 
     def _samples(self, draw: Draw) -> list[Array]:
-        """Each sample's whole frame (3, H, W) in grey levels, or fields (L, 2, H, W) in px/frame less their means."""
+        """Each sample's whole frames: (n, 3, H, W) in grey levels, or fields (L, 2, H, W) in px/frame."""
         spec = self._source.spec
         images = [image.tobytes() for image in self._source.read(draw.video, draw.tau, spec.steps).images()]
-        if spec.stream == "spatial":
-            return [decode_rgb(image).transpose(2, 0, 1).astype(np.float32) for image in images]
-        samples = []
-        for i, entries in enumerate(self._source.entries(draw.video, draw.tau, spec.steps)):  # (L, 2)
-            fields = []
-            for t, (dx, dy) in enumerate(entries):
-                at = i * spec.num_images + 2 * t
-                field = np.stack(
-                    [
-                        decode_component(images[at], float(dx["lo"]), float(dx["hi"])),
-                        decode_component(images[at + 1], float(dy["lo"]), float(dy["hi"])),
-                    ]
-                )
-                mean = np.array([dx["mean"], dy["mean"]], np.float32)
-                fields.append(subtract_mean(field, mean) if spec.subtract_mean else field)
-            samples.append(np.stack(fields))
-        return samples
+        own = [images[at : at + spec.num_images] for at in range(0, len(images), spec.num_images)]
+        if not spec.is_temporal:
+            rgb = [np.stack([decode_rgb(jpeg).transpose(2, 0, 1) for jpeg in jpegs]) for jpegs in own]
+            return [sample.astype(np.float32) for sample in rgb]
+        entries = self._source.entries(draw.video, draw.tau, spec.steps)  # (n, L, 2)
+        return [self._fields(*sample) for sample in zip(own, entries, strict=True)]
+
+    def _fields(self, jpegs: list[bytes], entries: Any) -> Array:
+        """The fields (L, 2, H, W) of one sample; entries (L, 2)."""
+        spec = self._source.spec
+        ranges = entries[["lo", "hi"]].reshape(-1).tolist()
+        raw = np.stack([decode_component(jpeg, lo, hi) for jpeg, (lo, hi) in zip(jpegs, ranges, strict=True)])
+        fields = raw.reshape(spec.num_chains, spec.chain_steps, 2, *raw.shape[1:])
+        if spec.follows_trajectories:
+            fields = np.stack([stack_trajectories(chain, 0, spec.chain_steps) for chain in fields])
+        fields = fields.reshape(spec.L, 2, *raw.shape[1:])
+        if spec.subtract_mean:
+            fields = np.stack([subtract_mean(field, mean) for field, mean in zip(fields, entries["mean"], strict=True)])
+        return fields
 
     def _input(self, crop: Array, mirror: bool, alpha: Array) -> Array:
         """The net's input (C, crop, crop) from a crop of a sample."""
-        if self._source.spec.stream == "spatial":
+        if not self._source.spec.is_temporal:
             offset = PCA_VECTORS @ (alpha * PCA_STD)
-            rgb = (crop + (offset - RGB_MEAN)[:, None, None]) / RGB_STD[:, None, None]
+            rgb = np.concatenate((crop + (offset - RGB_MEAN)[:, None, None]) / RGB_STD[:, None, None])
             return (rgb[:, :, ::-1] if mirror else rgb).astype(np.float32)
         fields = [mirror_field(field) if mirror else field for field in crop]
         return np.concatenate(fields) * np.float32(FLOW_SCALE)

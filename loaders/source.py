@@ -51,42 +51,53 @@ class Source:
     """Reads runs of time steps from the shards of a packed set. Any number of threads may read at a time."""
 
     def __init__(self, index: Index, spec: StreamSpec):
-        missing = [kind for kind in spec.kinds if kind not in index.entries]
+        needed = spec.kinds + spec.backward_kinds
+        missing = [kind for kind in needed if kind not in index.entries]
         if missing:
             raise ValueError(
                 f"{index.root} holds no {', '.join(missing)} members; it has {', '.join(index.entries)}. "
-                f"The {spec.stream} stream needs {', '.join(spec.kinds)}: pack the videos again."
+                f"The {spec.stream} stream needs {', '.join(needed)}: pack the videos again"
+                f"{' with --backward' if 'bdx' in missing else ''}."
             )
         self.index = index
         self.spec = spec
-        self._tables = [index.entries[kind] for kind in spec.kinds]
+        self._tables = [[index.entries[kind] for kind in kinds] for kinds in (spec.kinds, spec.backward_kinds)]
+        ahead = np.arange(spec.window_steps)
+        self._backward = ahead >= spec.chain_steps if spec.backward_kinds else np.zeros(len(ahead), bool)
+        self._offsets = np.where(self._backward, spec.chain_steps - ahead, ahead)  # of each time step's frame from tau
         self._own = threading.local()
         self._files: list[OrderedDict[int, int]] = []
         self._buffers: list[bytearray] = []
         self._headers: dict[tuple[int, int, int], bytes] = {}
 
-    def frames(self, video: Ints, first: Ints, steps: int) -> Ints:
+    def frames(self, video: Ints, tau: Ints, steps: int) -> Ints:
         """Frame numbers (n, steps) of runs. A video that ends before repeats its last frame or field.
 
-        num_frames = 4, steps = 5, first = 0     fields 0 1 2 2 2
+        num_frames = 4, steps = 5, tau = 0                     fields 0 1 2 2 2
+        num_frames = 9, steps = 6, tau = 4, bi-directional     fields 4 5 6, backward ones 4 3 2
         """
-        last = self.index.num_frames[video] - (1 if self.spec.stream == "spatial" else 2)
-        return np.minimum(first[:, None] + np.arange(steps), last[:, None])
+        backward = self._backward[:steps]
+        last = self.index.num_frames[video][:, None] - np.where(backward | (not self.spec.is_temporal), 1, 2)
+        return np.clip(tau[:, None] + self._offsets[:steps], backward.astype(np.int64), last)  # b_1 is the first one
 
-    def entries(self, video: Ints, first: Ints, steps: int) -> npt.NDArray[Any]:
+    def entries(self, video: Ints, tau: Ints, steps: int) -> npt.NDArray[Any]:
         """Index entries (n, steps, kinds) of runs; those of components have range and mean in px/frame."""
-        rows = self.index.first_row[video][:, None] + self.frames(video, first, steps)
-        return np.stack([table[rows] for table in self._tables], axis=-1)
+        rows = self.index.first_row[video][:, None] + self.frames(video, tau, steps)
+        ahead = int((~self._backward[:steps]).sum())  # the forward time steps come first
+        parts = zip(self._tables, (rows[:, :ahead], rows[:, ahead:]), strict=True)
+        return np.concatenate(
+            [np.stack([table[part] for table in tables], axis=-1) for tables, part in parts if tables], axis=1
+        )
 
-    def read(self, video: Ints, first: Ints, steps: int) -> Encoded:
-        """Read and check the members of runs: one contiguous read for each clip that a run touches.
+    def read(self, video: Ints, tau: Ints, steps: int) -> Encoded:
+        """Read and check the members of runs: one contiguous read for each clip, and direction, that a run touches.
 
         Raises ShardError for a damaged member.
         """
-        entries = self.entries(video, first, steps)
+        entries = self.entries(video, tau, steps)
         sizes = entries["size"].reshape(-1).astype(np.int64)
-        self._check_sizes(sizes, video, first, steps)
-        reads = list(self._reads(video, first, steps, entries))
+        self._check_sizes(sizes, video, tau, steps)
+        reads = list(self._reads(video, tau, steps, entries))
         longest = int(sizes.max(initial=0))
         buffer = self._buffer(len(sizes) * longest)
         for read in reads:  # what is not in the system's cache is fetched many pieces at a time, ahead of need
@@ -98,7 +109,7 @@ class Source:
         rows = np.frombuffer(buffer, np.uint8, len(sizes) * longest).reshape(len(sizes), longest)
         return Encoded(rows, sizes, buffer)
 
-    def _check_sizes(self, sizes: Ints, video: Ints, first: Ints, steps: int) -> None:
+    def _check_sizes(self, sizes: Ints, video: Ints, tau: Ints, steps: int) -> None:
         """Raise ShardError for an index whose sizes would make us ask for more memory than images can need."""
         kinds = len(self.spec.kinds)
         pixels = np.repeat(self.index.heights[video] * self.index.widths[video], steps * kinds)
@@ -107,7 +118,7 @@ class Source:
             step, kind = divmod(image, kinds)
             run, step = divmod(step, steps)
             raise ShardError(
-                f"{self.where(int(video[run]), int(first[run]) + step, kind)}: {sizes[image]} bytes by the index, no "
+                f"{self.where(int(video[run]), int(tau[run]), step, kind)}: {sizes[image]} bytes by the index, no "
                 f"JPEG of this size has more than {allowed[image]}. {_REBUILD}"
             )
 
@@ -115,22 +126,23 @@ class Source:
         """Give an Encoded's buffer back: fresh memory for every batch would cost more than reading into it."""
         self._buffers.append(encoded.buffer)
 
-    def _reads(self, video: Ints, first: Ints, steps: int, entries: npt.NDArray[Any]) -> Iterator["_Read"]:
+    def _reads(self, video: Ints, tau: Ints, steps: int, entries: npt.NDArray[Any]) -> Iterator["_Read"]:
         """The contiguous pieces of runs, in order. Raises ShardError if one lies outside its shard."""
         begins = entries["offset"].min(axis=2).tolist()
         ends = (entries["offset"] + entries["size"]).max(axis=2).tolist()
-        clips = (self.frames(video, first, steps) // CLIP_FRAMES).tolist()
-        for run, (row, start) in enumerate(zip(video.tolist(), first.tolist(), strict=True)):
+        # Forward and backward fields of a clip stand apart.
+        pieces = (self.frames(video, tau, steps) // CLIP_FRAMES * 2 + self._backward[:steps]).tolist()
+        for run, (row, start) in enumerate(zip(video.tolist(), tau.tolist(), strict=True)):
             shard = int(self.index.shard[row])
             step = 0
             while step < steps:
-                stop = step + clips[run][step:].count(clips[run][step])
-                begin, end = begins[run][step], ends[run][stop - 1]
+                stop = step + pieces[run][step:].count(pieces[run][step])
+                begin, end = min(begins[run][step:stop]), max(ends[run][step:stop])
                 if not 0 <= begin <= end <= self.index.shard_bytes[shard]:
                     raise ShardError(
-                        f"{self.where(row, start + step, 0)}: the index points beyond the shard's end. {_REBUILD}"
+                        f"{self.where(row, start, step, 0)}: the index points beyond the shard's end. {_REBUILD}"
                     )
-                yield _Read(row, shard, start + step, begin, end, entries[run, step:stop])
+                yield _Read(row, start, shard, step, begin, end, entries[run, step:stop])
                 step = stop
 
     def _read(self, read: "_Read", file: int, buffer: bytearray, at: int, longest: int) -> None:
@@ -140,11 +152,13 @@ class Source:
         members = list(zip(*(read.entries[key].reshape(-1).tolist() for key in keys), strict=True))
         begins = range(at, at + len(members) * longest, longest)
         rows = [content[begin : begin + size] for begin, (_, size, _) in zip(begins, members, strict=True)]
-        repeated = [i for i in range(kinds, len(members)) if members[i][0] == members[i - kinds][0]]
-        once = len(members) - len(repeated)  # only a last field is repeated
-        end = _scatter(file, [offset for offset, _, _ in members[:once]], rows[:once])
-        for i in repeated:
-            rows[i][:] = rows[i - kinds]
+        order = sorted(range(len(members)), key=lambda i: members[i][0])  # backward fields come last one first
+        same = [i for i, j in zip(order[1:], order, strict=False) if members[i][0] == members[j][0]]  # a video's end
+        once = [i for i in order if i not in same]
+        end = _scatter(file, [members[i][0] for i in once], [rows[i] for i in once])
+        copied = {members[i][0]: rows[i] for i in once} if same else {}
+        for i in same:
+            rows[i][:] = copied[members[i][0]]
         expected = (int(self.index.heights[read.video]), int(self.index.widths[read.video]), 3 if kinds == 1 else 1)
         header = self._headers.get(expected, b"-")
         for i, (begin, row, (offset, size, crc32)) in enumerate(zip(begins, rows, members, strict=True)):
@@ -156,7 +170,7 @@ class Source:
                     "no end-of-image marker at its end: a decoder would run on into other bytes. Pack the set again."
                 )
             if wrong:
-                raise ShardError(f"{self.where(read.video, read.first + i // kinds, i % kinds)}: {wrong}")
+                raise ShardError(f"{self.where(read.video, read.tau, read.step + i // kinds, i % kinds)}: {wrong}")
 
     def _wrong_size(self, jpeg: memoryview, expected: tuple[int, int, int]) -> str:
         """What is wrong with a JPEG's coded (height, width, channels); empty if they are the expected ones.
@@ -176,14 +190,14 @@ class Source:
         self._headers[expected] = bytes(jpeg[:end])
         return ""
 
-    def where(self, video: int, frame: int, kind: int) -> str:
-        """Shard, member and offset of one image, for messages; kind counts within a time step."""
-        frame = int(self.frames(np.array([video]), np.array([frame]), 1)[0, 0])
-        entry = self._tables[kind][int(self.index.first_row[video]) + frame]
-        name = member_name(
-            self.index.video_ids([video])[0], frame // CLIP_FRAMES, self.spec.kinds[kind], frame % CLIP_FRAMES
-        )
-        return f"{self.index.shards[int(self.index.shard[video])]}: {name} at offset {int(entry['offset'])}"
+    def where(self, video: int, tau: int, step: int, kind: int) -> str:
+        """Shard, member and offset of one image of a run, for messages; kind counts within a time step."""
+        frame = int(self.frames(np.array([video]), np.array([tau]), step + 1)[0, step])
+        backward = bool(self._backward[step])
+        entry = self._tables[backward][kind][int(self.index.first_row[video]) + frame]
+        name = (self.spec.backward_kinds if backward else self.spec.kinds)[kind]
+        member = member_name(self.index.video_ids([video])[0], frame // CLIP_FRAMES, name, frame % CLIP_FRAMES)
+        return f"{self.index.shards[int(self.index.shard[video])]}: {member} at offset {int(entry['offset'])}"
 
     def _buffer(self, num_bytes: int) -> bytearray:
         """A buffer of at least that size, used ones first."""
@@ -238,11 +252,12 @@ def _scatter(file: int, offsets: list[int], rows: list[memoryview]) -> int:
 
 @dataclass(frozen=True)
 class _Read:
-    """One contiguous read: bytes [begin, end) of a shard, with a video's entries (steps, kinds) from `first` on."""
+    """One contiguous read of a run from time step `step` on: bytes [begin, end) of a shard, entries (steps, kinds)."""
 
     video: int
+    tau: int
     shard: int
-    first: int
+    step: int
     begin: int
     end: int
     entries: npt.NDArray[Any]

@@ -17,15 +17,21 @@ VIEWS = tuple(
 )
 
 
-def view_taus(num_frames: int, frames_needed: int, num_taus: int) -> Ints:
-    """Starts of the test samples of one video, equally spaced from the first that fits to the last (sec. 5).
+def view_crop(view: tuple[float, float, bool], frame: tuple[int, int], crop_px: int) -> tuple[int, int]:
+    """y0, x0 of a view's crop in a frame (height, width)."""
+    return int(view[0] * (frame[0] - crop_px)), int(view[1] * (frame[1] - crop_px))
 
-        num_frames = 31, L = 10, num_taus = 3      tau = 0, 10, 20
 
-    A video shorter than a sample gives tau = 0 throughout; its last field is repeated.
+def view_taus(num_frames: int, spec: StreamSpec, num_taus: int) -> Ints:
+    """The tau of each test sample of one video, equally spaced from the first that fits to the last (sec. 5).
+
+        num_frames = 31, L = 10, num_taus = 3      tau = 0, 10, 20; of bi-directional stacks 5, 15, 25
+
+    A video shorter than a sample gives tau = 0 throughout, or its middle frame; its last field is repeated.
     """
-    last = max(num_frames - frames_needed, 0)
-    return np.rint(np.linspace(0, last, num_taus)).astype(np.int64) if num_taus > 1 else np.array([last // 2])
+    last = max(num_frames - spec.frames_needed, 0)
+    first = min(spec.frames_before, (num_frames - 1) // 2)
+    return first + (np.rint(np.linspace(0, last, num_taus)).astype(np.int64) if num_taus > 1 else np.array([last // 2]))
 
 
 def enumerate_views(
@@ -43,7 +49,7 @@ def enumerate_views(
         valid = pair < total
         pair = np.where(valid, pair, 0)
         video = np.asarray(rows, np.int64)[pair // num_taus]
-        taus = {int(v): view_taus(int(index.num_frames[v]), spec.frames_needed, num_taus) for v in np.unique(video)}
+        taus = {int(v): view_taus(int(index.num_frames[v]), spec, num_taus) for v in np.unique(video)}
         tau = np.array([taus[int(v)][p] for v, p in zip(video, pair % num_taus, strict=True)])
         yield Draw.of_stacks(video, tau, np.zeros((batch_size, 2), np.int64), np.zeros(batch_size, bool), valid=valid)
 

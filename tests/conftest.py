@@ -103,9 +103,10 @@ VIDEOS = {
 
 @pytest.fixture(scope="session")
 def arrays():
-    """{video id: (frames, fields)} of the sizes in VIDEOS."""
+    """{video id: (frames, fields, backward fields)} of the sizes in VIDEOS."""
     rng = np.random.default_rng(7)
-    return {video_id: random_video(rng, *shape) for video_id, shape in VIDEOS.items()}
+    videos = {video_id: random_video(rng, *shape) for video_id, shape in VIDEOS.items()}
+    return {video_id: (*videos[video_id], random_video(rng, *shape)[1]) for video_id, shape in VIDEOS.items()}
 
 
 @pytest.fixture(scope="session")

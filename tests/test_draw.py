@@ -9,6 +9,8 @@ from loaders.index import open_index
 from loaders.views import VIEWS, view_taus
 
 TEMPORAL = StreamSpec(stream="temporal", L=3, crop_px=56)
+TEN = StreamSpec(stream="temporal", L=10)
+BIDIRECTIONAL = StreamSpec(stream="temporal", L=4, crop_px=56, bidirectional=True)
 SPATIAL = StreamSpec(stream="spatial", crop_px=56)
 
 
@@ -86,13 +88,26 @@ def test_rank_slices_make_up_the_global_batch(videos, world_size):
 
 
 def test_taus_are_equally_spaced_from_the_first_to_the_last():
-    assert view_taus(31, 11, 3).tolist() == [0, 10, 20]
-    assert view_taus(5, 11, 4).tolist() == [0, 0, 0, 0]
-    assert view_taus(41, 11, 1).tolist() == [15]
+    assert view_taus(31, TEN, 3).tolist() == [0, 10, 20]
+    assert view_taus(5, TEN, 4).tolist() == [0, 0, 0, 0]
+    assert view_taus(41, TEN, 1).tolist() == [15]
     for num_frames in (12, 35, 36, 37, 200):
-        taus = view_taus(num_frames, 11, 25)
+        taus = view_taus(num_frames, TEN, 25)
         assert len(taus) == 25 and taus[0] == 0 and taus[-1] == num_frames - 11
         assert np.ptp(np.diff(taus)) <= 1
+
+
+def test_a_bidirectional_stack_stands_around_its_middle_frame(index):
+    spec = StreamSpec(stream="temporal", L=10, bidirectional=True)
+    assert view_taus(31, spec, 3).tolist() == [5, 15, 25]
+    assert view_taus(4, spec, 2).tolist() == [1, 1]
+    videos = population(index, index.split("split1_train"), BIDIRECTIONAL)
+    draws = [draw_batch(0, step, videos, BIDIRECTIONAL, 64) for step in range(40)]
+    for row in videos.rows:
+        taus = np.concatenate([draw.tau[draw.video == row] for draw in draws])
+        last_frame = index.num_frames[row] - 1
+        assert taus.min() == 2 and taus.max() == last_frame - 2 or last_frame > 40
+    assert all((draw.tau >= 2).all() and (draw.tau <= index.num_frames[draw.video] - 3).all() for draw in draws)
 
 
 def test_views_are_the_four_corners_and_the_centre_each_mirrored():

@@ -92,7 +92,7 @@ def test_an_index_that_claims_a_giant_is_refused_before_memory_is_taken(index):
     entries = {kind: np.array(table) for kind, table in index.entries.items()}
     (row,) = index.rows(["run/long"])
     entries["dy"]["size"][index.first_row[row] + 3] = 4_000_000_000
-    source._tables = [entries[kind] for kind in spec.kinds]
+    source._tables = [[entries[kind] for kind in spec.kinds], []]
     with pytest.raises(ValueError, match=r"0000.003.dy.jpg at offset \d+: 4000000000 bytes by the index, no JPEG"):
         source.read(np.array([row]), np.array([0]), 10)
 
@@ -110,7 +110,7 @@ def test_a_member_that_the_index_calls_empty_is_refused(index):
     entries = {name: np.array(index.entries[name]) for name in spec.kinds}
     for key in ("size", "crc32"):
         entries[spec.kinds[kind]][key][index.first_row[rows[0]] + step] = 0
-    source._tables = [entries[name] for name in spec.kinds]
+    source._tables = [[entries[name] for name in spec.kinds], []]
     with pytest.raises(
         ValueError, match=rf"00{step}.{spec.kinds[kind]}.jpg at offset \d+: The bytes begin with nothing"
     ):

@@ -166,7 +166,7 @@ def test_crops_and_mirrors_of_a_window_are_its_stacks_own(index, rows):
 
 
 def test_windows_are_for_stacks_of_fields_and_whole_batches(index, rows):
-    with pytest.raises(ValueError, match="stacks_per_window=2 on the spatial stream"):
+    with pytest.raises(ValueError, match="stacks_per_window=2 with stream=spatial"):
         StreamSpec(stream="spatial", stacks_per_window=2)
     with pytest.raises(ValueError, match="batch of 12 cannot be shared evenly by 2 processes, in windows of 4 stacks"):
         dali_loader.train_loader(index, rows, spec_of(4), seed=0, batch_size=12, world_size=2)

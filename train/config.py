@@ -38,10 +38,18 @@ class DataConfig:
     """Folder of a packed data set, made by `python -m flow.pack`."""
     split: str = "split1"
     """Official split: trains on splits/<split>_train.txt, tests on splits/<split>_test.txt."""
+    train_list: str = ""
+    """List to train on: a name in splits/, or `all`, every packed video; empty: <split>_train."""
     loader: Literal["dali", "reference"] = "dali"
     """`reference` loads the same samples without DALI, slowly."""
     L: int = 10
     """Flow fields in a temporal stack, 2L channels (sec. 3.1)."""
+    stacking: Literal["flow", "trajectory"] = "flow"
+    """Fields sampled at the same place, eq. (1), or along the trajectory of each point, eq. (2)."""
+    bidirectional: bool = False
+    """L/2 forward and L/2 backward fields from the middle frame on; needs a set packed with --backward (sec. 3.1)."""
+    rgb_frames: int = 1
+    """RGB frames of a spatial sample; 11 makes the spatial net the "slow fusion" baseline (sec. 6)."""
     crop_px: int = 224
     """Side of the square crop, the nets' input."""
     size: str = "auto"
@@ -62,6 +70,9 @@ class DataConfig:
     def __post_init__(self) -> None:
         _require(self.size == "auto", f"data.size={self.size!r}: only auto, the stored size, is supported; pack anew.")
         _require(self.L >= 1, f"data.L={self.L} must be at least 1.")
+        _require(
+            self.rgb_frames in (1, 11), f"data.rgb_frames={self.rgb_frames}: 1, or 11, which slow fusion looks at."
+        )
         _require(self.crop_px >= 1, f"data.crop_px={self.crop_px} must be at least 1.")
         _require(self.stacks_per_window >= 1, f"data.stacks_per_window={self.stacks_per_window} must be at least 1.")
 
@@ -79,7 +90,11 @@ class ModelConfig:
 
 @dataclass(kw_only=True, slots=True)
 class StreamConfig:
-    """Training of one stream. Defaults: from scratch as in sec. 5, dropout as in sec. 6."""
+    """Training of one stream. Defaults: from scratch as in sec. 5, dropout as in sec. 6.
+
+    `extra_roots` are further data sets to learn from (sec. 4); the run is tested on `data.root`, and on each of them
+    whose list is a split's.
+    """
 
     dropout: float = 0.9
     """Ratio of units dropped in full6 and full7."""
@@ -89,6 +104,21 @@ class StreamConfig:
     """Learning rate of the first phase."""
     milestones: list[int] = field(default_factory=lambda: [50_000, 70_000])
     """Steps at which the learning rate is divided by 10."""
+    init: str = ""
+    """Checkpoint whose weights training begins with; the last layer always begins anew. Empty: from scratch."""
+    train_layers: Literal["all", "last"] = "all"
+    """`last`: only the last (classification) layer learns (sec. 6)."""
+    extra_roots: list[str] = field(default_factory=list)
+    """Folders of further packed data sets to train on."""
+    extra_lists: list[str] = field(default_factory=list)
+    """The list of each to train on, such as `split1_train`, or `all`."""
+    extra_as: Literal["tasks", "classes"] = "tasks"
+    """`tasks`: each set has a softmax layer and a loss (sec. 4); `classes`: its classes join the first set's."""
+    extra_classes: str = ""
+    """With `classes`, which to add: a file of names, one a line, or the name of one in train/configs; empty: all."""
+    batch_share: Literal["classes", "videos", "equal"] = "classes"
+    """A set's share of a batch: in proportion to its classes, as if drawn over the classes of all; to its training
+    videos; or the same for each."""
 
     def __post_init__(self) -> None:
         _require(0 <= self.dropout < 1, f"dropout={self.dropout} is not a ratio in [0, 1).")
@@ -97,6 +127,15 @@ class StreamConfig:
         _require(
             self.milestones == sorted(set(self.milestones)) and all(step > 0 for step in self.milestones),
             f"milestones={self.milestones} must be positive steps in rising order.",
+        )
+        _require(
+            len(self.extra_roots) == len(self.extra_lists),
+            f"extra_roots={self.extra_roots} and extra_lists={self.extra_lists}: each data set needs its list, such as "
+            "split1_train or all.",
+        )
+        _require(
+            self.train_layers == "all" or bool(self.init),
+            "train_layers=last trains on top of a trained net: give its checkpoint as init.",
         )
 
 
@@ -142,15 +181,15 @@ class EvalConfig:
     """Testing: class scores averaged over num_taus x 10 views of a video (sec. 5)."""
 
     num_taus: int = 25
-    """Stacks of a test video, at equal spacing."""
+    """Stacks of a test video, at equal spacing; 0: no test, for a net that only serves as another's beginning."""
     num_taus_train: int = 5
-    """The same for the training videos, whose scores the SVM is fitted on."""
+    """The same for the training videos, whose scores the SVM is fitted on; 0: none, and no SVM."""
     batch_size: int = 32
     """Views of a forward pass in one process."""
 
     def __post_init__(self) -> None:
-        for name in ("num_taus", "num_taus_train", "batch_size"):
-            _require(getattr(self, name) >= 1, f"eval.{name}={getattr(self, name)} must be at least 1.")
+        for name, least in (("num_taus", 0), ("num_taus_train", 0), ("batch_size", 1)):
+            _require(getattr(self, name) >= least, f"eval.{name}={getattr(self, name)} must be at least {least}.")
 
 
 @dataclass(kw_only=True, slots=True)
