@@ -29,6 +29,7 @@ from flow.shard import read_member
 from loaders.index import Index, open_index
 from train.config import FuseConfig, read_config, to_flat
 from train.fuse import TITLES, choose_C, fit_svm, source_group
+from train.statistics import bootstrap_pct
 
 NUM_BINS, GRID, STILL_PX = 8, 3, 0.15
 FLOOR = "Histogram of flow, linear SVM"
@@ -73,15 +74,6 @@ def floor_predictions(index: Index, splits: list[str]) -> dict[str, np.ndarray]:
         best, _ = choose_C(features[train], index.labels[train], groups, grid)
         predicted[split] = fit_svm(features[train], index.labels[train], best).predict(features[test])
     return predicted
-
-
-def bootstrap_pct(correct: np.ndarray, groups: np.ndarray, draws: int = 10_000) -> list[float]:
-    """95 % interval, in percent, of the mean of `correct` (V,), resampling whole groups of videos."""
-    names, group = np.unique(groups, return_inverse=True)
-    sums, counts = np.bincount(group, correct), np.bincount(group)
-    chosen = np.random.default_rng(0).integers(0, len(names), (draws, len(names)))
-    means = sums[chosen].sum(1) / counts[chosen].sum(1)
-    return [float(100 * q) for q in np.quantile(means, [0.025, 0.975])]
 
 
 def collect(runs: Path, index: Index, splits: list[str], seeds: list[int]) -> tuple[dict[str, np.ndarray], list, dict]:

@@ -2,10 +2,7 @@
 
 import json
 import os
-import platform
-import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -13,39 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT))  # a benchmark runs from the checkout, installed or not
 
-_PACKAGES = ("torch", "nvidia-dali-cuda120", "nvidia-nvimgcodec-cu12", "opencv-contrib-python", "numpy", "webdataset")
-
-
-def describe() -> dict[str, Any]:
-    """{machine, versions, commit} of this run."""
-    return {"machine": _machine(), "versions": _versions(), "commit": _commit()}
-
-
-def _machine() -> dict[str, Any]:
-    import torch
-
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {"cpu": model, "cores": len(os.sched_getaffinity(0)), "gpus": gpus, "system": platform.system()}
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed as a distribution"
-    return found
-
-
-def _commit() -> str:
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-
-    changed = git("status", "--porcelain", "--", ".", ":!benchmarks/results")
-    return (git("rev-parse", "HEAD") or "unknown") + (" with changes" if changed else "")
+from train.provenance import describe  # noqa: E402
 
 
 def write_result(path: Path, config: dict[str, Any], **content: Any) -> None:

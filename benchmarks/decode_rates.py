@@ -28,7 +28,7 @@ from common import RESULTS, demo_set, describe_data, write_result
 import numpy as np  # isort: skip
 
 from loaders.batch import FLOW_SCALE, RGB_STD, StreamSpec
-from loaders.draw import Draw, population, rank_draws
+from loaders.draw import Draw, population, slot_draws
 from loaders.index import open_index
 from loaders.pipeline import Graph, train_inputs, train_pipeline
 from loaders.probe import TOLERANCE
@@ -53,7 +53,7 @@ def read_batches(root: Path, split: str, spec: StreamSpec, batch_size: int, coun
     """(encoded, draw, entries) of the first training batches."""
     index = open_index(root)
     videos = population(index, index.split(split), spec)
-    draws = rank_draws(videos, spec, seed=0, batch_size=batch_size, rank=0, world_size=1, start_step=0)
+    draws = slot_draws(videos, spec, seed=0, batch_size=batch_size, slots=(0, batch_size), start_step=0)
     source = Source(index, spec)
     return [
         (source.read(*run), draw, source.entries(*run))

@@ -54,7 +54,7 @@ from loaders.index import Index, open_index
 from nets.cnn_m import LocalResponseNorm
 from train.config import Config, to_flat
 from train.dist import Machines, World, launch
-from train.engine import build_net, stream_spec
+from train.model import build_net, stream_spec
 
 ROWS = ("resident", "loader_k1", "loader_k8", "resident_compiled")
 

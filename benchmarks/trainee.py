@@ -15,8 +15,9 @@ from loaders.batch import Batch
 from loaders.index import Index
 from train.config import Config, from_flat
 from train.dist import World
-from train.engine import build_net, build_optimizer, loader_module, loader_options, stream_spec, update
+from train.engine import loader_module, loader_options, update
 from train.meter import GpuTimeline, Meter
+from train.model import build_net, build_optimizer, stream_spec
 
 #: Too small for weights that see one batch again and again to leave the range of usual numbers.
 LEARNING_RATE = 1e-4

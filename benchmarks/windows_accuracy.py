@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from accuracy import bootstrap_pct, collect
+from accuracy import collect
 from common import RESULTS, write_result
 
 import numpy as np  # isort: skip
@@ -22,6 +22,7 @@ from loaders.index import open_index
 from train.config import differing_keys, read_config, resolve_config, to_flat
 from train.fuse import source_group
 from train.log import read_log
+from train.statistics import bootstrap_pct
 
 OVERRIDES = [
     "train.streams=[temporal]",

@@ -9,9 +9,10 @@ from .avi to .mp4. The class is the name of the folder that holds the video.
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from flow.shard import check_video_id
 from flow.video import VIDEO_EXTENSIONS
@@ -24,6 +25,9 @@ class Video:
     video_id: str
     class_name: str
     path: Path
+
+
+Item = TypeVar("Item", bound=Video)
 
 
 @dataclass(frozen=True)
@@ -76,8 +80,8 @@ def read_catalog(root: Path, splits_dir: Path | None = None, dataset: str | None
     return _match(dataset, root, videos, lists)
 
 
-def list_videos(root: Path) -> list[Video]:
-    """All videos below a folder, sorted by id. Hidden files and folders are passed over.
+def list_videos(root: Path, extensions: Set[str] = VIDEO_EXTENSIONS, what: str = "video") -> list[Video]:
+    """All videos below a folder, or files of other extensions, sorted by id. Hidden files and folders are passed over.
 
     Raises ValueError for a folder without videos, a video without a class folder, two files that differ in the
     extension only, and names that no shard can hold.
@@ -85,7 +89,7 @@ def list_videos(root: Path) -> list[Video]:
     if not root.is_dir():
         raise ValueError(f"{root} is no folder. Give the folder that holds the class folders (Class/clip.avi).")
     videos: dict[str, Video] = {}
-    for path in _video_files(root):
+    for path in _files(root, extensions):
         relative = path.relative_to(root)
         video_id = relative.with_suffix("").as_posix()
         if len(relative.parts) < 2:
@@ -95,11 +99,11 @@ def list_videos(root: Path) -> list[Video]:
             raise ValueError(f"{videos[video_id].path} and {path} have the same id {video_id!r}. Remove one of them.")
         videos[video_id] = Video(video_id, path.parent.name, path)
     if not videos:
-        raise ValueError(f"{root} holds no video files; known extensions are {' '.join(sorted(VIDEO_EXTENSIONS))}.")
+        raise ValueError(f"{root} holds no {what} files; known extensions are {' '.join(sorted(extensions))}.")
     return [videos[video_id] for video_id in sorted(videos)]
 
 
-def _video_files(root: Path) -> Iterator[Path]:
+def _files(root: Path, extensions: Set[str]) -> Iterator[Path]:
     seen = set()
     for folder, folders, files in os.walk(root, followlinks=True):
         # Links are followed, since data sets are often linked together; but not in circles.
@@ -110,7 +114,7 @@ def _video_files(root: Path) -> Iterator[Path]:
             if not name.startswith(".") and os.path.realpath(os.path.join(folder, name)) not in seen
         )
         for name in sorted(files):
-            if not name.startswith(".") and Path(name).suffix.lower() in VIDEO_EXTENSIONS:
+            if not name.startswith(".") and Path(name).suffix.lower() in extensions:
                 yield Path(folder, name)
 
 
@@ -119,7 +123,14 @@ def seeded_order(ids: list[str], seed: int) -> list[str]:
     return sorted(ids, key=lambda video_id: hashlib.sha256(f"{seed}/{video_id}".encode()).digest())
 
 
-def split_by_folder(videos: list[Video], seed: int) -> dict[str, list[str]]:
+def seeded_shards(items: Sequence[Item], items_per_shard: int, seed: int) -> list[list[Item]]:
+    """Items of every shard: a fixed number of the seeded order, bad ones included, since nobody knows them yet."""
+    by_id = {item.video_id: item for item in items}
+    order = [by_id[video_id] for video_id in seeded_order(list(by_id), seed)]
+    return [order[at : at + items_per_shard] for at in range(0, len(order), items_per_shard)]
+
+
+def split_by_folder(videos: Sequence[Video], seed: int) -> dict[str, list[str]]:
     """One split: of every class 30 % for testing, and at least one video on each side where it has two."""
     classes: dict[str, list[str]] = {}
     for video in videos:

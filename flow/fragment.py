@@ -9,7 +9,9 @@ The video is streamed; in memory are two frames and the encoded members of one c
 
 import os
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
@@ -64,30 +66,52 @@ class Totals:
 
 @dataclass(frozen=True)
 class FragmentReport:
-    """What became of a video: totals, or the reason why it cannot be packed."""
+    """What became of a run of items: totals, and the reasons why some cannot be packed: item id -> reason."""
 
-    video_id: str
-    totals: Totals
-    bad: str | None = None
+    totals: Totals = field(default_factory=Totals)
+    bad: dict[str, str] = field(default_factory=dict)
+
+
+@contextmanager
+def fragment_file(path: Path) -> Iterator[BinaryIO]:
+    """A new file that gets its name when it is written; after an error there is none."""
+    # Of this process: another one may still be dying over the same items.
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def encode_frame(frame: npt.NDArray[np.uint8], quality: int) -> bytes:
+    """JPEG of an RGB frame (H, W, 3) uint8, decoded once as proof. Raises ValueError if it does not survive that."""
+    jpeg = encode_rgb(frame, quality)
+    if decode_rgb(jpeg).shape != frame.shape:
+        raise ValueError(f"an image of shape {frame.shape} does not survive JPEG")
+    return jpeg
+
+
+def reason(error: Exception) -> str:
+    """An error as one line of a report."""
+    return " ".join(str(error).split())
 
 
 def write_fragment(task: FragmentTask) -> FragmentReport:
     """Pack one video into `task.fragment`. An unusable video leaves no file and is reported, not raised."""
     start = time.perf_counter()
-    # Of this process: another one may still be dying over the same video.
-    temporary = task.fragment.with_name(f"{task.fragment.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with fragment_file(task.fragment) as file:
             totals = _FragmentWriter(task, file).run()
-        os.replace(temporary, task.fragment)
     except (ValueError, import_cv2().error) as error:
-        temporary.unlink(missing_ok=True)
-        return FragmentReport(task.video_id, Totals(), " ".join(str(error).split()))
+        return FragmentReport(bad={task.video_id: reason(error)})
     except Exception as error:
         error.add_note(f"while packing {task.path}")
         raise
     totals.video_s = time.perf_counter() - start
-    return FragmentReport(task.video_id, totals)
+    return FragmentReport(totals)
 
 
 class _FragmentWriter:
@@ -119,9 +143,7 @@ class _FragmentWriter:
         return self._totals
 
     def _add_frame(self, t: int, frame: npt.NDArray[np.uint8]) -> None:
-        jpeg = encode_rgb(frame, self._task.codec.quality)
-        if decode_rgb(jpeg).shape != frame.shape:
-            raise ValueError(f"frame {t} of shape {frame.shape} does not survive JPEG")
+        jpeg = encode_frame(frame, self._task.codec.quality)
         self._clip.setdefault("rgb", {})[t] = Member(jpeg)
         self._totals.num_frames += 1
         self._totals.rgb_bytes += len(jpeg)

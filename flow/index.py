@@ -163,3 +163,9 @@ def load_index(root: Path) -> tuple[dict[str, Any], Arrays]:
     except (ValueError, KeyError, TypeError) as error:
         raise ShardError(f"{path} is damaged: {error}. {remedy}") from None
     return header, arrays
+
+
+def video_ids(arrays: Arrays) -> list[str]:
+    """Ids of all videos, in the order of the rows."""
+    names = arrays["names"].tobytes()
+    return [names[at : at + size].decode() for at, size in arrays["videos"][["name_at", "name_bytes"]].tolist()]

@@ -1,44 +1,36 @@
 """Videos to shards: `python -m flow.pack --videos DIR --out DIR`.
 
 Every process turns one video at a time into a fragment; a shard is the fragments of a fixed number of videos, in a
-seeded order that mixes the classes, and is committed as soon as they are done. So a shard depends on its own videos
-only: a pack that was killed goes on with the next shard (`flow.resume`), and the bytes do not depend on the number of
-processes.
-
-At the end come index, splits and reports, then dataset.json: where it exists, the pack is complete.
+seeded order that mixes the classes. How a pack that was stopped goes on is said in `flow.resume`.
 """
 
 import argparse
-import json
 import sys
-import tempfile
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from flow.catalog import LIST_READERS, Catalog, Video, read_catalog, seeded_order
+from flow.catalog import LIST_READERS, Catalog, Video, read_catalog, seeded_shards
 from flow.codec import Codec
 from flow.extract import DEFAULT_METHOD, FLOW_METHODS, flow_method
-from flow.fragment import FragmentReport, FragmentTask, Totals, write_fragment
-from flow.index import build_index
-from flow.pool import default_num_workers, run_pool
-from flow.resume import WORK_FOLDER, begin, clear, compare_settings, input_digest, is_finished, locked, state_path
-from flow.shard import FORMAT_VERSION, commit_shard, shard_name, write_bytes, write_json
+from flow.fragment import FragmentTask, Totals, write_fragment
+from flow.pool import default_num_workers
+from flow.resume import (
+    BAD_NAME,
+    WORK_FOLDER,
+    PackReport,
+    begin,
+    clear,
+    finish,
+    input_digest,
+    locked,
+    read_report,
+    write_lines,
+    write_shards,
+)
 
 VIDEOS_PER_SHARD = 32
-
-
-@dataclass(frozen=True)
-class PackReport:
-    """dataset: the content of dataset.json. bad: video id -> reason. was_complete: there was nothing to do."""
-
-    dataset: dict[str, Any]
-    bad: dict[str, str]
-    missing: list[str]
-    unlisted: list[str]
-    was_complete: bool = False
 
 
 def pack(
@@ -78,65 +70,30 @@ def pack(
         "backward": backward,
         "seed": seed,
         "videos_per_shard": videos_per_shard,
-        "input_sha256": input_digest(catalog),
+        "input_sha256": input_digest([[v.video_id, v.path.stat().st_size] for v in catalog.videos], catalog.splits),
     }
     out.mkdir(parents=True, exist_ok=True)
     with locked(out / WORK_FOLDER):
-        if (out / "dataset.json").exists():
-            report = _complete(catalog, out, settings)
-        else:
-            begin(out, settings)
-            _pack_shards(catalog, out, settings, num_workers or default_num_workers())
-            report = _finish(catalog, out, settings)
-        clear(out / WORK_FOLDER)
-    return report
-
-
-def _complete(catalog: Catalog, out: Path, settings: dict[str, Any]) -> PackReport:
-    """Report of a pack that was complete before."""
-    dataset = json.loads((out / "dataset.json").read_text("utf-8"))
-    compare_settings(out, dataset, settings)
-    bad_path = out / "bad_videos.txt"
-    lines = bad_path.read_text("utf-8").splitlines() if bad_path.exists() else []
-    bad = dict(line.split("\t", 1) for line in lines)
-    return PackReport(dataset, bad, catalog.missing, catalog.unlisted, was_complete=True)
-
-
-# --- shards ------------------------------------------------------------------------------------------------------
-
-
-def _shards(catalog: Catalog, settings: dict[str, Any]) -> list[list[Video]]:
-    """Videos of every shard: a fixed number of the seeded order, bad ones included, since nobody knows them yet."""
-    by_id = {video.video_id: video for video in catalog.videos}
-    order = [by_id[video_id] for video_id in seeded_order(list(by_id), settings["seed"])]
-    step = settings["videos_per_shard"]
-    return [order[at : at + step] for at in range(0, len(order), step)]
-
-
-def _pack_shards(catalog: Catalog, out: Path, settings: dict[str, Any], num_workers: int) -> None:
-    """Pack the shards that are not finished yet."""
-    shards = _shards(catalog, settings)
-    todo = {number: videos for number, videos in enumerate(shards) if not is_finished(out, number)}
-    run = Path(tempfile.mkdtemp(prefix="run-", dir=out / WORK_FOLDER))
-    tasks = {
-        run / f"{number:06d}-{place:06d}": (number, video)
-        for number, videos in todo.items()
-        for place, video in enumerate(videos)
-    }
-    reports: dict[int, dict[Path, FragmentReport]] = {number: {} for number in todo}
-    with tqdm(total=len(catalog.videos), initial=len(catalog.videos) - len(tasks), unit="video", disable=None) as bar:
-        make = (_task(path, video, catalog, settings) for path, (_, video) in tasks.items())
-        for task, report in run_pool(write_fragment, make, num_workers):
-            number = tasks[task.fragment][0]
-            reports[number][task.fragment] = report or FragmentReport(
-                task.video_id, Totals(), "ends the process that reads it: crashed in the decoder, or killed"
+        was_complete = begin(out, settings)
+        if not was_complete:
+            shards = seeded_shards(catalog.videos, videos_per_shard, seed)
+            write_shards(
+                shards,
+                out,
+                partial(_task, catalog, settings),
+                write_fragment,
+                items_per_task=1,
+                num_workers=num_workers or default_num_workers(),
+                unit="video",
             )
-            bar.update()
-            if len(reports[number]) == len(todo[number]):
-                _commit(out, number, reports.pop(number))
+            write_lines(out / "missing_videos.txt", catalog.missing)
+            finish(out, len(shards), settings, catalog.splits, partial(_summary, catalog), unit="video")
+        clear(out / WORK_FOLDER)
+    return read_report(out, missing=catalog.missing, unlisted=catalog.unlisted, was_complete=was_complete)
 
 
-def _task(fragment: Path, video: Video, catalog: Catalog, settings: dict[str, Any]) -> FragmentTask:
+def _task(catalog: Catalog, settings: dict[str, Any], fragment: Path, videos: Sequence[Video]) -> FragmentTask:
+    (video,) = videos
     return FragmentTask(
         path=video.path,
         video_id=video.video_id,
@@ -150,78 +107,14 @@ def _task(fragment: Path, video: Video, catalog: Catalog, settings: dict[str, An
     )
 
 
-def _commit(out: Path, number: int, reports: dict[Path, FragmentReport]) -> None:
-    """Join the fragments of a shard in their order, and note that it is finished."""
-    fragments = [path for path in sorted(reports) if reports[path].bad is None]
-    shard = None  # where all videos are bad; the numbers of the other shards stay as they are
-    if fragments:
-        num_bytes, digest = commit_shard(fragments, out / shard_name(number))
-        shard = {"name": shard_name(number), "bytes": num_bytes, "sha256": digest}
-    totals = Totals()
-    for report in reports.values():
-        totals.add(report.totals)
-    bad = {report.video_id: report.bad for report in reports.values() if report.bad is not None}
-    write_json(state_path(out, number), {"shard": shard, "totals": asdict(totals), "bad": bad})
-    for fragment in fragments:
-        fragment.unlink()
-
-
-# --- end ---------------------------------------------------------------------------------------------------------
-
-
-def _finish(catalog: Catalog, out: Path, settings: dict[str, Any]) -> PackReport:
-    """Index, splits, reports, and last of all dataset.json."""
-    numbers = range(len(_shards(catalog, settings)))
-    states = [json.loads(state_path(out, number).read_text("utf-8")) for number in numbers]
-    bad = {video_id: reason for state in states for video_id, reason in sorted(state["bad"].items())}
-    _write_lines(out / "bad_videos.txt", [f"{video_id}\t{bad[video_id]}" for video_id in sorted(bad)])
-    _write_lines(out / "missing_videos.txt", catalog.missing)
-    totals = Totals()
-    for state in states:
-        totals.add(Totals(**state["totals"]))
-    if totals.num_videos == 0:
-        first = min(bad)
-        raise ValueError(
-            f"None of the {len(bad)} videos can be packed; {first} {bad[first]}. All reasons: {out / 'bad_videos.txt'}."
-        )
-    build_index(out)
-    (out / "splits").mkdir(exist_ok=True)
-    for name, ids in catalog.splits.items():
-        _write_lines(out / "splits" / f"{name}.txt", [video_id for video_id in ids if video_id not in bad], keep=True)
-    classes = sorted({video.class_name for video in catalog.videos if video.video_id not in bad})
-    shards = [state["shard"] for state in states if state["shard"]]
-    dataset = {
-        "format_version": FORMAT_VERSION,
-        **settings,
-        "classes": [{"name": name, "official_id": catalog.official_ids.get(name)} for name in classes],
-        "num_videos": totals.num_videos,
-        "num_frames": totals.num_frames,
-        "num_fields": totals.num_fields,
-        "summary": _summary(totals, shards, catalog, bad),
-        "shards": shards,
-    }
-    write_json(out / "dataset.json", dataset)
-    return PackReport(dataset, bad, catalog.missing, catalog.unlisted)
-
-
-def _write_lines(path: Path, lines: list[str], keep: bool = False) -> None:
-    """One line each, atomically. Without lines there is no file, unless `keep`."""
-    if lines or keep:
-        write_bytes(path, "".join(f"{line}\n" for line in lines).encode())
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _summary(
-    totals: Totals, shards: list[dict[str, Any]], catalog: Catalog, bad: dict[str, str]
-) -> dict[str, int | float]:
+def _summary(catalog: Catalog, totals: Totals, num_bytes: int) -> dict[str, int | float]:
     """What the pack cost and saved. The ratio is that of the paper's 1.5 TB to 27 GB: fields, without RGB frames."""
     num_pairs = totals.num_frames - totals.num_videos
     return {
         "videos": totals.num_videos,
         "frames": totals.num_frames,
         "fields": totals.num_fields,
-        "bytes": sum(shard["bytes"] for shard in shards),
+        "bytes": num_bytes,
         "rgb_bytes": totals.rgb_bytes,
         "flow_bytes": totals.flow_bytes,
         "float32_bytes": totals.float32_bytes,
@@ -231,7 +124,6 @@ def _summary(
         "flow_s_per_pair": totals.flow_s / num_pairs,
         "s_per_pair": totals.video_s / num_pairs,
         "listed_missing": len(catalog.missing),
-        "bad": len(bad),
     }
 
 
@@ -319,7 +211,7 @@ def _describe(report: PackReport, out: Path) -> str:
     if report.unlisted:
         lines.append(f"{len(report.unlisted):,} videos stand in no list; they are packed, but in no split")
     if report.bad:
-        lines.append(f"{len(report.bad):,} bad videos were left out: {out / 'bad_videos.txt'}")
+        lines.append(f"{len(report.bad):,} bad videos were left out: {out / BAD_NAME}")
         lines += [f"  {video_id} {report.bad[video_id]}" for video_id in sorted(report.bad)[:10]]
     return "\n".join(lines)
 

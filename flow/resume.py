@@ -1,8 +1,14 @@
-"""A pack that was stopped goes on: what it was started with, which shards are finished, and who may work on it.
+"""What packers share: shards joined from fragments, in a pack that may be stopped and then goes on.
+
+The items (videos, images) of every shard are known before one is opened. Processes turn runs of them into fragments; a
+shard is joined from its own, in their order, and noted as finished as soon as they are done. So a shard depends on its
+items only: a pack that was killed goes on with the next shard, and the bytes depend neither on the number of processes
+nor on how long the runs are. At the end come index, splits and reports, then dataset.json: where it exists, the pack is
+complete.
 
 OUT/.pack/lock                held by the running pack
 OUT/.pack/settings.json       what the pack was started with; to go on, it must be the same
-OUT/.pack/shard-000000.json   a finished shard: size, hash, totals, bad videos
+OUT/.pack/shard-000000.json   a finished shard: size, hash, totals, bad items
 OUT/.pack/run-*/              fragments of the shards in work; of no use to the next run
 """
 
@@ -11,15 +17,48 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
-from flow.catalog import Catalog
-from flow.shard import shard_name, write_json
+from tqdm import tqdm
+
+from flow.catalog import Item
+from flow.fragment import FragmentReport, Totals
+from flow.index import build_index, load_index, video_ids
+from flow.pool import run_pool
+from flow.shard import FORMAT_VERSION, commit_shard, shard_name, write_bytes, write_json
 
 WORK_FOLDER = ".pack"
+BAD_NAME = "bad_videos.txt"
+
+
+class _HasFragment(Protocol):
+    @property
+    def fragment(self) -> Path: ...
+
+
+Task = TypeVar("Task", bound=_HasFragment)
+
+
+@dataclass(frozen=True)
+class PackReport:
+    """dataset: the content of dataset.json. bad: item id -> reason. was_complete: there was nothing to do.
+
+    missing, unlisted: as in `flow.catalog.Catalog`.
+    """
+
+    dataset: dict[str, Any]
+    bad: dict[str, str]
+    missing: list[str] = field(default_factory=list)
+    unlisted: list[str] = field(default_factory=list)
+    was_complete: bool = False
+
+
+# --- going on ----------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -45,14 +84,17 @@ def clear(work: Path) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def input_digest(catalog: Catalog) -> str:
-    """One hash of what is packed: ids, sizes of the files, and splits. The contents are not read for it."""
-    listing = [[video.video_id, video.path.stat().st_size] for video in catalog.videos]
-    return hashlib.sha256(json.dumps([listing, catalog.splits]).encode()).hexdigest()
+def input_digest(listing: Sequence[Sequence[Any]], splits: dict[str, list[str]]) -> str:
+    """One hash of what is packed: a row of id, file size, ... of every item, and splits. No content is read for it."""
+    return hashlib.sha256(json.dumps([listing, splits]).encode()).hexdigest()
 
 
-def begin(out: Path, settings: dict[str, Any]) -> None:
+def begin(out: Path, settings: dict[str, Any]) -> bool:
+    """Start, or go on. Returns whether the pack is complete already. Raises ValueError if it had other settings."""
     work = out / WORK_FOLDER
+    if (out / "dataset.json").exists():
+        compare_settings(out, json.loads((out / "dataset.json").read_text("utf-8")), settings)
+        return True
     if (work / "settings.json").exists():
         compare_settings(out, json.loads((work / "settings.json").read_text("utf-8")), settings)
     elif any(out.glob("shard-*.tar")):
@@ -61,6 +103,7 @@ def begin(out: Path, settings: dict[str, Any]) -> None:
         write_json(work / "settings.json", settings)
     for stray in [*work.glob("run-*"), *work.glob("*.tmp"), *out.glob("shard-*.tar.tmp")]:
         shutil.rmtree(stray) if stray.is_dir() else stray.unlink()
+    return False
 
 
 def compare_settings(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -69,7 +112,7 @@ def compare_settings(out: Path, before: dict[str, Any], now: dict[str, Any]) -> 
     if differing:
         raise ValueError(
             f"{out} was begun with other settings; {'; '.join(differing)}. Repeat the command as it was, or choose "
-            "another --out. (input_sha256 stands for the videos' names and sizes, and the splits.)"
+            "another --out. (input_sha256 stands for names and sizes of what is packed, and the splits.)"
         )
 
 
@@ -92,3 +135,143 @@ def is_finished(out: Path, number: int) -> bool:
         return shard is None or (out / shard["name"]).stat().st_size == shard["bytes"]
     except FileNotFoundError:
         return False
+
+
+# --- shards ------------------------------------------------------------------------------------------------------
+
+
+def write_shards(
+    shards: Sequence[Sequence[Item]],
+    out: Path,
+    make_task: Callable[[Path, Sequence[Item]], Task],
+    write: Callable[[Task], FragmentReport],
+    *,
+    items_per_task: int,
+    num_workers: int,
+    unit: str,
+) -> None:
+    """Write the shards that are not finished yet, in processes.
+
+    make_task(fragment, items): what `write`, a function of a module, needs to turn a run of up to items_per_task items
+    into a fragment. If that ends its process, the run's items are packed one by one, and only the culprit is bad.
+    """
+    todo = [number for number in range(len(shards)) if not is_finished(out, number)]
+    run = Path(tempfile.mkdtemp(prefix="run-", dir=out / WORK_FOLDER))
+    left = {number: len(shards[number]) for number in todo}
+    reports: dict[int, dict[Path, FragmentReport]] = {number: {} for number in todo}
+    runs: dict[Path, tuple[int, range]] = {}
+    for number in todo:
+        runs |= _cut(run, number, range(len(shards[number])), items_per_task)
+    total = sum(map(len, shards))
+    with tqdm(total=total, initial=total - sum(left.values()), unit=unit, disable=None) as bar:
+        while runs:
+            tasks = (make_task(path, shards[number][at.start : at.stop]) for path, (number, at) in runs.items())
+            crashed: dict[Path, tuple[int, range]] = {}
+            for task, report in run_pool(write, tasks, num_workers):
+                number, places = runs[task.fragment]
+                if report is None and len(places) > 1:
+                    crashed |= _cut(run, number, places, 1)
+                    continue
+                reports[number][task.fragment] = report or FragmentReport(
+                    bad={
+                        shards[number][places[0]].video_id: "ends the process that reads it: crashed in the decoder, "
+                        "or killed"
+                    }
+                )
+                bar.update(len(places))
+                left[number] -= len(places)
+                if not left[number]:
+                    _commit(out, number, reports.pop(number))
+            runs = crashed
+
+
+def _cut(folder: Path, number: int, places: range, size: int) -> dict[Path, tuple[int, range]]:
+    """Fragment -> (shard, places in it) of runs of `size` items; the fragments' names sort as the items do."""
+    parts = [places[at : at + size] for at in range(0, len(places), size)]
+    return {folder / f"{number:06d}-{part[0]:06d}": (number, part) for part in parts}
+
+
+def _commit(out: Path, number: int, reports: dict[Path, FragmentReport]) -> None:
+    """Join the fragments of a shard in their order, and note that it is finished."""
+    fragments = [path for path in sorted(reports) if reports[path].totals.num_videos]
+    shard = None  # where all items are bad; the numbers of the other shards stay as they are
+    if fragments:
+        num_bytes, digest = commit_shard(fragments, out / shard_name(number))
+        shard = {"name": shard_name(number), "bytes": num_bytes, "sha256": digest}
+    totals = Totals()
+    bad: dict[str, str] = {}
+    for report in reports.values():
+        totals.add(report.totals)
+        bad |= report.bad
+    write_json(state_path(out, number), {"shard": shard, "totals": asdict(totals), "bad": bad})
+    for fragment in fragments:
+        fragment.unlink()
+
+
+# --- end ---------------------------------------------------------------------------------------------------------
+
+
+def finish(
+    out: Path,
+    num_shards: int,
+    settings: dict[str, Any],
+    splits: Mapping[str, Sequence[str]],
+    summarise: Callable[[Totals, int], dict[str, int | float]],
+    *,
+    item_of: Callable[[str], str] = str,
+    unit: str,
+) -> None:
+    """Index, splits, list of bad items, and last of all dataset.json.
+
+    splits: name -> ids of items. item_of: id of a packed video -> id of the item it comes from.
+    summarise(totals, bytes of all shards): what dataset.json says under "summary", besides the number of bad items.
+    Raises ValueError if nothing could be packed.
+    """
+    states = [json.loads(state_path(out, number).read_text("utf-8")) for number in range(num_shards)]
+    bad = {item: reason for state in states for item, reason in state["bad"].items()}
+    write_lines(out / BAD_NAME, [f"{item}\t{bad[item]}" for item in sorted(bad)])
+    totals = Totals()
+    for state in states:
+        totals.add(Totals(**state["totals"]))
+    if totals.num_videos == 0:
+        first = min(bad)
+        raise ValueError(
+            f"None of the {len(bad)} {unit}s can be packed; {first} {bad[first]}. All reasons: {out / BAD_NAME}."
+        )
+    build_index(out)
+    header, arrays = load_index(out)
+    packed: dict[str, list[str]] = {}
+    for video_id in video_ids(arrays):
+        packed.setdefault(item_of(video_id), []).append(video_id)
+    (out / "splits").mkdir(exist_ok=True)
+    for name, items in splits.items():
+        ids = [video_id for item in items for video_id in packed.get(item, ())]
+        write_lines(out / "splits" / f"{name}.txt", ids, keep=True)
+    shards = [state["shard"] for state in states if state["shard"]]
+    dataset = {
+        "format_version": FORMAT_VERSION,
+        **settings,
+        "classes": header["classes"],
+        "num_videos": totals.num_videos,
+        "num_frames": totals.num_frames,
+        "num_fields": totals.num_fields,
+        "summary": {**summarise(totals, sum(shard["bytes"] for shard in shards)), "bad": len(bad)},
+        "shards": shards,
+    }
+    write_json(out / "dataset.json", dataset)
+
+
+def read_report(out: Path, **more: Any) -> PackReport:
+    """Report of a complete pack; `more` are fields that stand in no file."""
+    path = out / BAD_NAME
+    lines = path.read_text("utf-8").splitlines() if path.exists() else []
+    bad = dict(line.split("\t", 1) for line in lines)
+    return PackReport(json.loads((out / "dataset.json").read_text("utf-8")), bad, **more)
+
+
+def write_lines(path: Path, lines: Sequence[str], keep: bool = False) -> None:
+    """One line each, atomically. Without lines there is no file, unless `keep`."""
+    if lines or keep:
+        write_bytes(path, "".join(f"{line}\n" for line in lines).encode())
+    else:
+        path.unlink(missing_ok=True)

@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from flow.codec import JPEG_END, coded_size, decode_grey, decode_rgb
-from flow.index import build_index, load_index, scan_shards
+from flow.index import build_index, load_index, scan_shards, video_ids
 from flow.pool import default_num_workers, run_pool
 from flow.shard import CLIP_FRAMES, KINDS, ShardError, check_member, member_name, read_clips
 
@@ -221,8 +221,7 @@ def _verify_index(root: Path, dataset: dict[str, Any]) -> list[str]:
     ]
     if dataset["classes"] != fresh_header["classes"] or dataset["num_videos"] != len(fresh["videos"]):
         damages.append("dataset.json: classes or number of videos are not those of the tars. Pack the set again.")
-    names = fresh["names"].tobytes()
-    known = {names[at : at + size].decode() for at, size in fresh["videos"][["name_at", "name_bytes"]].tolist()}
+    known = set(video_ids(fresh))
     for path in sorted((root / "splits").glob("*.txt")):
         strange = [video_id for video_id in path.read_text("utf-8").split("\n") if video_id and video_id not in known]
         damages += [f"splits/{path.name}: {video_id!r} is in no shard." for video_id in strange]

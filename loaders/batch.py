@@ -138,8 +138,10 @@ class Batch:
     inputs  (n, C, crop, crop) float32 on the device: normalised RGB, or px/frame * FLOW_SCALE
     labels  (n,) int64 on the device
     draw    what was drawn: video, tau, crop, mirror, ... of each sample; a test batch is one of the ten views of it
+    task    (n,) int64 on the device: which softmax layer and loss each sample is for; 0 where there is one
     """
 
     inputs: "torch.Tensor"
     labels: "torch.Tensor"
     draw: "Draw"
+    task: "torch.Tensor | None" = None

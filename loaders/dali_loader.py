@@ -18,7 +18,7 @@ import torch
 from flow.shard import ShardError
 from loaders import pipeline as graphs
 from loaders.batch import Batch, StreamSpec
-from loaders.draw import Draw, Ints, population, rank_draws
+from loaders.draw import Draw, Ints, check_batch_size, population, rank_slots, slot_draws
 from loaders.graph import FedGraph, InUse, to_device
 from loaders.index import Index
 from loaders.pipeline import Graph
@@ -254,6 +254,7 @@ def train_loader(
     batch_size: int,
     rank: int = 0,
     world_size: int = 1,
+    slots: tuple[int, int] | None = None,
     start_step: int = 0,
     device: str = "cpu",
     num_threads: int = 2,
@@ -263,14 +264,14 @@ def train_loader(
     """Endless training batches; item s is this rank's slice of global batch start_step + s.
 
     rows: the training list, rows of the index. batch_size: of the *global* batch; each rank gets its share of it,
-    batch_size // world_size samples. decoder: as in `probe.choose_graph`. graph: overrides device,
-    num_threads and decoder.
+    batch_size // world_size samples, or those that `slots` says, (begin, end). decoder: as in `probe.choose_graph`.
+    graph: overrides device, num_threads and decoder.
     Raises ValueError if the ranks cannot share the batch, or no video fits.
     """
     videos = population(index, rows, spec)
-    draws = rank_draws(
-        videos, spec, seed=seed, batch_size=batch_size, rank=rank, world_size=world_size, start_step=start_step
-    )
+    check_batch_size(batch_size, world_size, spec)
+    slots = slots or rank_slots(rank, world_size, batch_size)
+    draws = slot_draws(videos, spec, seed=seed, batch_size=batch_size, slots=slots, start_step=start_step)
     source = Source(index, spec)
     if graph is None:
         graph, draws = _choose_graph(source, draws, False, device, num_threads, decoder)
@@ -278,7 +279,7 @@ def train_loader(
         source,
         draws,
         graph,
-        batch_size // world_size,
+        slots[1] - slots[0],
         start_step=start_step,
         num_left_out=videos.num_left_out,
     )

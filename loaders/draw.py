@@ -92,11 +92,6 @@ class Draw:
         """The samples of several draws, one draw after the other."""
         return Draw(**{f.name: np.concatenate([getattr(draw, f.name) for draw in draws]) for f in fields(Draw)})
 
-    def slots(self, rank: int, world_size: int) -> "Draw":
-        """Slice of rank `rank`: slots [rank * n, (rank + 1) * n), n = len / world_size."""
-        n = len(self) // world_size
-        return self.take(slice(rank * n, (rank + 1) * n))
-
 
 @dataclass(frozen=True)
 class Population:
@@ -256,17 +251,22 @@ def _spread_taus(tau: Ints, num_starts: Ints, k: int, generator: np.random.Gener
     return (first[:, None] + offset).reshape(-1), np.repeat(first, k)
 
 
-def rank_draws(
-    videos: Population, spec: StreamSpec, *, seed: int, batch_size: int, rank: int, world_size: int, start_step: int
-) -> Iterator[Draw]:
-    """One rank's slices of the global batches from start_step on, without end.
+def rank_slots(rank: int, world_size: int, batch_size: int) -> tuple[int, int]:
+    """(begin, end) of a rank's equal slice of a global batch."""
+    n = batch_size // world_size
+    return rank * n, (rank + 1) * n
 
-    Raises ValueError at once if batch_size does not divide by world_size and into whole windows.
+
+def slot_draws(
+    videos: Population, spec: StreamSpec, *, seed: int, batch_size: int, slots: tuple[int, int], start_step: int
+) -> Iterator[Draw]:
+    """Slots (begin, end) of the global batches from start_step on, without end.
+
+    Raises ValueError at once if batch_size does not divide into whole windows.
     """
-    check_batch_size(batch_size, world_size, spec)
+    check_batch_size(batch_size, 1, spec)
     k = spec.stacks_per_window
     remembered = lru_cache((k + 1) * SPREAD)(lambda birth: _draw_born(seed, birth, videos, spec, batch_size))
     return (
-        draw_batch(seed, step, videos, spec, batch_size, remembered).slots(rank, world_size)
-        for step in count(start_step)
+        draw_batch(seed, step, videos, spec, batch_size, remembered).take(slice(*slots)) for step in count(start_step)
     )

@@ -113,7 +113,12 @@ class Index:
         return sorted(path.stem for path in (self.root / "splits").glob("*.txt"))
 
     def split(self, name: str) -> Ints:
-        """Rows of a list in splits/. Raises ValueError if there is no such list, or it names a missing video."""
+        """Rows of a list in splits/, or for "all" of every packed video.
+
+        Raises ValueError if there is no such list, or it names a missing video.
+        """
+        if name == "all":
+            return np.arange(self.num_videos)
         if name not in self.splits():
             raise ValueError(f"{self.root} has no list {name!r}; it has {', '.join(self.splits()) or 'none'}.")
         return self._rows_of((self.root / "splits" / f"{name}.txt").read_bytes())

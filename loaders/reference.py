@@ -11,7 +11,7 @@ import torch
 from flow.codec import decode_component, decode_rgb
 from flow.fields import mirror_field, stack_trajectories, subtract_mean
 from loaders.batch import FLOW_SCALE, PCA_STD, PCA_VECTORS, RGB_MEAN, RGB_STD, Batch, StreamSpec
-from loaders.draw import Draw, Ints, population, rank_draws
+from loaders.draw import Draw, Ints, check_batch_size, population, rank_slots, slot_draws
 from loaders.index import Index
 from loaders.source import Source
 from loaders.views import VIEWS, enumerate_views, num_view_batches, view_crop
@@ -130,15 +130,16 @@ def train_loader(
     batch_size: int,
     rank: int = 0,
     world_size: int = 1,
+    slots: tuple[int, int] | None = None,
     start_step: int = 0,
     device: str = "cpu",
     **_: Any,
 ) -> ReferenceLoader:
     """As `dali_loader.train_loader`, computed on the CPU; its num_threads, decoder and graph are ignored."""
     videos = population(index, rows, spec)
-    draws = rank_draws(
-        videos, spec, seed=seed, batch_size=batch_size, rank=rank, world_size=world_size, start_step=start_step
-    )
+    check_batch_size(batch_size, world_size, spec)
+    slots = slots or rank_slots(rank, world_size, batch_size)
+    draws = slot_draws(videos, spec, seed=seed, batch_size=batch_size, slots=slots, start_step=start_step)
     return ReferenceLoader(Source(index, spec), draws, device=device, num_left_out=videos.num_left_out)
 
 

@@ -74,15 +74,18 @@ def follow(
     y, x = (torch.arange(size, dtype=torch.float32, device=device) for size in shape)
     grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)  # (h, w, 2)
     begin = start - region.start + turned * (shape[1] - 1)  # in px of the decoded region
-    low, high = per_chain(-region.start), per_chain(region.frame - 1 - region.start)
-    points = torch.minimum(per_chain(begin) + per_chain(1 - 2 * turned) * grid, high)  # beyond a frame is padding
-    scale = torch.tensor([2 / max(width - 1, 1), 2 / max(height - 1, 1)], device=device)
+    # From here on in the units of grid_sample: -1 is the region's first pixel, 1 its last one.
+    unit = torch.tensor([2 / max(width - 1, 1), 2 / max(height - 1, 1)], device=device)
+    low, high = per_chain(-region.start) * unit - 1, per_chain(region.frame - 1 - region.start) * unit - 1
+    points = (per_chain(begin) + per_chain(1 - 2 * turned) * grid).mul_(unit).sub_(1)
+    torch.minimum(points, high, out=points)  # what lies beyond a frame is padding
     samples = torch.empty(n, spec.chain_steps, 2, *shape, device=device)
     for step in range(spec.chain_steps):
-        sampled = F.grid_sample(chains[:, step], points * scale - 1, padding_mode="border", align_corners=True)
+        sampled = F.grid_sample(chains[:, step], points, padding_mode="border", align_corners=True)
         samples[:, step] = sampled
         if step + 1 < spec.chain_steps:
-            points = torch.minimum(torch.maximum(points + sampled.permute(0, 2, 3, 1), low), high)
+            points.addcmul_(sampled.permute(0, 2, 3, 1), unit)
+            torch.clamp(points, low, high, out=points)
     return samples.view(len(fields), spec.num_channels, *shape)
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nets.dropout import draw_dropout_masks
+from nets.slow_fusion import MERGES, merge_layers
 
 
 class LocalResponseNorm(nn.Module):
@@ -95,11 +96,13 @@ class CNNM(nn.Module):
     90,627,813 parameters with 3 channels, 90,707,781 with 20.
 
     Args:
-        num_channels: 3 for the spatial net, 2L for the temporal net.
+        num_channels: 3 for the spatial net, a frame; 2L for the temporal net.
+        num_classes: of all tasks together; a task's softmax layer is its slice of the last layer (sec. 4).
         width: factor on the channels of every convolution and the units of full6 and full7.
         input_px: side of the square input.
         dropout: ratio of dropped units in full6 and full7, in [0, 1).
         second_lrn: True for the spatial net; the paper's temporal net leaves the second LRN out (sec. 5).
+        num_frames: 1, or 11, which the first three convolutions merge: `nets.slow_fusion`.
         seed: of the initial weights (He et al. 2015); no global generator is touched.
     Raises ValueError if `input_px` leaves no pixel after conv5's pool, or `dropout` is out of range.
     """
@@ -113,6 +116,7 @@ class CNNM(nn.Module):
         input_px: int = 224,
         dropout: float = 0.9,
         second_lrn: bool,
+        num_frames: int = 1,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -122,17 +126,23 @@ class CNNM(nn.Module):
         c1, c2, c3, full6, full7 = (max(1, round(units * width)) for units in (96, 256, 512, 4096, 2048))
         self.dropout = dropout
         self.num_dropped_units = (full6, full7)
+        self.num_frames = num_frames
+        merge1, merge2, merge3 = merge_layers(num_frames)
+        seen1, seen2, seen3 = (extent if num_frames > 1 else 1 for extent, _ in MERGES)
         self.features = nn.Sequential(
             OrderedDict(
-                conv1=_conv(num_channels, c1, kernel=7, stride=2, padding=0),
+                merge1=merge1,
+                conv1=_conv(seen1 * num_channels, c1, kernel=7, stride=2, padding=0),
                 relu1=nn.ReLU(inplace=True),
                 lrn1=LocalResponseNorm(c1),
                 pool1=_pool(),
-                conv2=_conv(c1, c2, kernel=5, stride=2, padding=1),
+                merge2=merge2,
+                conv2=_conv(seen2 * c1, c2, kernel=5, stride=2, padding=1),
                 relu2=nn.ReLU(inplace=True),
                 lrn2=LocalResponseNorm(c2) if second_lrn else nn.Identity(),
                 pool2=_pool(),
-                conv3=_conv(c2, c3),
+                merge3=merge3,
+                conv3=_conv(seen3 * c2, c3),
                 relu3=nn.ReLU(inplace=True),
                 conv4=_conv(c3, c3),
                 relu4=nn.ReLU(inplace=True),
@@ -167,12 +177,14 @@ class CNNM(nn.Module):
         )
 
     def forward(self, inputs: Tensor, masks: tuple[Tensor, ...] | None = None) -> Tensor:
-        """Inputs (N, num_channels, input_px, input_px) -> logits (N, num_classes).
+        """Inputs (N, num_frames * num_channels, input_px, input_px) -> logits (N, num_classes).
 
         `masks` are those of `draw_masks` in training, None in a test. Raises ValueError if training lacks them.
         """
         if self.training and masks is None and self.dropout:
             raise ValueError("a training pass needs dropout masks: pass draw_masks(seed, step, ...), or call eval().")
+        if self.num_frames > 1:
+            inputs = inputs.unflatten(1, (self.num_frames, -1)).flatten(0, 1)  # (N * num_frames, 3, ...)
         x = self.features(inputs).flatten(1)  # (N, c3 * output_px ** 2)
         x = F.relu(self.full6(x))
         x = x if masks is None else x * masks[0]

@@ -8,9 +8,10 @@ from loaders.index import open_index
 from tests.tiny import tiny_config, tiny_overrides
 from train import launch as train_launch
 from train.dist import Machines, World, launch
-from train.engine import build_net, compute_logits, loader_module, loader_options, stream_spec
+from train.engine import loader_module, loader_options
 from train.evaluate import scores_path
 from train.log import read_log
+from train.model import build_net, compute_logits, stream_spec
 from train.scores import read_scores
 
 NUM_STEPS = 3

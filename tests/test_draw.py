@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from loaders.batch import PCA_ALPHA_STD, StreamSpec
-from loaders.draw import draw_batch, population, rank_draws
+from loaders.draw import draw_batch, population, rank_slots, slot_draws
 from loaders.index import open_index
 from loaders.views import VIEWS, view_taus
 
@@ -82,8 +82,9 @@ def test_only_the_spatial_stream_gets_colour(index):
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_rank_slices_make_up_the_global_batch(videos, world_size):
-    options = dict(seed=0, batch_size=16, world_size=world_size, start_step=3)
-    parts = [next(rank_draws(videos, TEMPORAL, rank=rank, **options)) for rank in range(world_size)]
+    options = dict(seed=0, batch_size=16, start_step=3)
+    slots = [rank_slots(rank, world_size, 16) for rank in range(world_size)]
+    parts = [next(slot_draws(videos, TEMPORAL, slots=part, **options)) for part in slots]
     assert np.array_equal(np.concatenate([p.tau for p in parts]), draw_batch(0, 3, videos, TEMPORAL, 16).tau)
 
 

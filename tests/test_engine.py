@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from loaders import dali_loader
 from loaders.index import open_index
 from nets.cnn_m import CNNM
 from tests.tiny import tiny_config
@@ -14,6 +15,7 @@ from train import engine
 from train.checkpoint import load_checkpoint
 from train.dist import World
 from train.log import read_log
+from train.model import build_net, stream_spec
 
 ALONE = World(rank=0, world_size=1, device=torch.device("cpu"), num_threads=2)
 
@@ -95,12 +97,15 @@ def test_both_loaders_train_alike(packed, tmp_path, uninterrupted):
 def test_the_update_is_sgd_with_momentum_and_weight_decay(packed):
     """v := 0.9 v + (gradient + 5e-4 w), w := w - lr v, written out."""
     config = tiny_config(packed)
-    net = engine.build_net(config, "temporal", 3, torch.device("cpu")).train()
+    index = open_index(packed)
+    net = build_net(config, "temporal", 3, torch.device("cpu")).train()
     assert isinstance(net, CNNM)
     optimizer = torch.optim.SGD(net.parameters(), momentum=0.9, weight_decay=5e-4)
     weights = [parameter.detach().clone() for parameter in net.parameters()]
     velocities = [torch.zeros_like(weight) for weight in weights]
-    loader = engine._train_loader(config, "temporal", open_index(packed), 0, ALONE)
+    loader = dali_loader.train_loader(
+        index, index.split("split1_train"), stream_spec(config, "temporal"), seed=0, batch_size=8
+    )
     with loader:
         for step, lr in enumerate((0.1, 0.01)):
             batch, masks = next(loader), net.draw_masks(0, step, batch_size=8)

@@ -9,8 +9,9 @@ from tests.tiny import tiny_config
 from train import evaluate
 from train.checkpoint import Checkpoint, save_checkpoint
 from train.dist import World
-from train.engine import build_net, loader_module, stream_spec
+from train.engine import loader_module
 from train.evaluate import evaluate_stream, scores_path
+from train.model import build_net, stream_spec
 from train.scores import read_scores
 
 ALONE = World(rank=0, world_size=1, device=torch.device("cpu"), num_threads=2)
@@ -45,7 +46,7 @@ def test_a_score_is_the_mean_softmax_over_the_views(packed, tmp_path):
     config, index = tiny_config(packed, eval__num_taus=3, eval__batch_size=7), open_index(packed)
     net = save_net(config, "temporal", index, tmp_path).eval()
     rows = index.split("split1_test")
-    scores, num_views = evaluate.score_videos(net, config, "temporal", index, rows, 3, ALONE)
+    scores, num_views = evaluate.score_videos(net, config, "temporal", index, rows, 3, ALONE, slice(0, 3))
     expected = {row: [] for row in rows}
     loader = loader_module(config).view_loader(index, rows, stream_spec(config, "temporal"), num_taus=3, batch_size=1)
     with loader, torch.inference_mode():
@@ -79,7 +80,7 @@ def test_a_video_that_a_list_names_twice_is_noticed(packed):
     net = build_net(config, "spatial", 3, ALONE.device)
     rows = index.split("split1_test")[[0, 1, 1]]
     with pytest.raises(RuntimeError, match="2 videos were not scored from 10 views.*twice"):
-        evaluate.score_videos(net, config, "spatial", index, rows, 1, ALONE)
+        evaluate.score_videos(net, config, "spatial", index, rows, 1, ALONE, slice(0, 3))
 
 
 def test_evaluation_without_training_is_an_error(packed, tmp_path):

@@ -121,19 +121,21 @@ def test_batches_stay_valid_after_later_ones(packed):
     assert not torch.equal(batches[0][1], batches[1][1])
 
 
-def test_inputs_are_the_packed_fields_in_pixels(packed, arrays):
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_inputs_are_the_packed_fields_in_pixels(packed, arrays, bidirectional):
     """Against the arrays that were packed, not against another decoder: order of channels, crop, mean, unit."""
     index = open_index(packed)
-    spec = StreamSpec(stream="temporal", L=4, crop_px=60, random_mirror=False)
+    spec = StreamSpec(stream="temporal", L=4, crop_px=60, random_mirror=False, bidirectional=bidirectional)
     (batch,) = take(dali_loader.train_loader(index, index.split("split1_train"), spec, seed=1, batch_size=32), 1)
     from loaders.draw import draw_batch, population
 
     draw = draw_batch(1, 0, population(index, index.split("split1_train"), spec), spec, 32)
     for i, video_id in enumerate(index.video_ids(batch.draw.video)):
-        fields = arrays[video_id][1]
-        subtracted = np.stack([oracle.subtract_mean(field) for field in fields])
+        forward, backward = (np.stack([oracle.subtract_mean(f) for f in part]) for part in arrays[video_id][1:])
         y0, x0 = draw.crop[i]
-        expected = oracle.stack_fields(subtracted, int(batch.draw.tau[i]), 4)[:, y0 : y0 + 60, x0 : x0 + 60]
+        tau = int(batch.draw.tau[i])
+        stack = oracle.stack_bidirectional(forward, backward, tau, 4) if bidirectional else None
+        expected = (oracle.stack_fields(forward, tau, 4) if stack is None else stack)[:, y0 : y0 + 60, x0 : x0 + 60]
         error = np.abs(batch.inputs[i].numpy() / FLOW_SCALE - expected)
         assert error.mean() < 0.05 and error.max() < 0.5, video_id
 

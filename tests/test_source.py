@@ -13,8 +13,14 @@ from loaders.batch import StreamSpec
 from loaders.draw import draw_batch, population
 from loaders.index import open_index
 from loaders.source import Source
+from tests.conftest import pack_arrays
 
-SPECS = [StreamSpec(stream="spatial", crop_px=56), StreamSpec(stream="temporal", L=10, crop_px=56)]
+SPECS = [
+    StreamSpec(stream="spatial", crop_px=56),
+    StreamSpec(stream="temporal", L=10, crop_px=56),
+    StreamSpec(stream="temporal", L=10, crop_px=56, bidirectional=True),
+    StreamSpec(stream="spatial", crop_px=56, rgb_frames=11),
+]
 
 
 @pytest.fixture
@@ -27,17 +33,19 @@ def drawn(index, spec, step=0, batch_size=32):
     return draw.video, draw.tau, spec.steps
 
 
-def members(index, spec, video, first, steps):
+def members(index, spec, video, taus, steps):
     """The same bytes, each member read for itself."""
-    for row, start in zip(video.tolist(), first.tolist(), strict=True):
-        for frame in range(start, start + steps):
-            for kind in spec.kinds:
-                entry = index.entries[kind][index.first_row[row] + frame]
-                shard = index.root / index.shards[index.shard[row]]
-                yield read_member(shard, int(entry["offset"]), int(entry["size"]), int(entry["crc32"]), kind)
+    for row, tau in zip(video.tolist(), taus.tolist(), strict=True):
+        parts = [(spec.kinds, range(tau, tau + steps))]
+        if spec.bidirectional:
+            parts = [(("dx", "dy"), range(tau, tau + steps // 2)), (("bdx", "bdy"), range(tau, tau - steps // 2, -1))]
+        for kind, frame in ((kind, frame) for kinds, frames in parts for frame in frames for kind in kinds):
+            entry = index.entries[kind][index.first_row[row] + frame]
+            shard = index.root / index.shards[index.shard[row]]
+            yield read_member(shard, int(entry["offset"]), int(entry["size"]), int(entry["crc32"]), kind)
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.stream)
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.stream}{s.steps}{'bi' * s.bidirectional}")
 def test_what_is_read_is_what_was_packed(index, spec):
     """Also into a buffer that holds another batch's bytes, and to many threads at a time."""
     source = Source(index, spec)
@@ -84,6 +92,40 @@ def test_a_stack_costs_one_read_and_one_more_across_a_clips_border(index, monkey
         source.read(np.array([row]), np.array([tau]), 10)
         assert sum(reads.values()) == expected
     source.close()
+    reads.clear()
+    source = Source(index, SPECS[2])
+    for tau, expected in ((5, 2), (CLIP_FRAMES - 5, 2), (CLIP_FRAMES - 3, 3), (CLIP_FRAMES + 1, 3)):
+        reads.clear()
+        source.read(np.array([row]), np.array([tau]), 10)
+        assert sum(reads.values()) == expected  # one for each direction, though the backward fields come last one first
+    source.close()
+
+
+def test_a_damaged_backward_field_is_named(index):
+    spec = SPECS[2]
+    source = Source(index, spec)
+    entries = {kind: np.array(table) for kind, table in index.entries.items()}
+    (row,) = index.rows(["run/long"])
+    entries["bdy"]["crc32"][index.first_row[row] + 18] ^= 1
+    source._tables = [[entries[kind] for kind in kinds] for kinds in (spec.kinds, spec.backward_kinds)]
+    with pytest.raises(ValueError, match=r"run/long/0000.018.bdy.jpg at offset \d+"):
+        source.read(np.array([row]), np.array([20]), 10)
+
+
+def test_a_short_video_repeats_its_last_fields_to_both_sides(index):
+    """4 frames, tau in the middle of them: d_1 d_2 d_2 .. forward, and b_1, the only one, backward."""
+    source = Source(index, SPECS[2])
+    (row,) = index.rows(["walk/short"])
+    assert source.frames(np.array([row]), np.array([1]), 10).tolist() == [[1, 2, 2, 2, 2, 1, 1, 1, 1, 1]]
+    images = source.read(np.array([row]), np.array([1]), 10).images()
+    assert len({image.tobytes() for image in images}) == 6  # d_1, d_2 and b_1, two components each
+
+
+def test_a_set_without_backward_fields_is_refused(tmp_path):
+    videos = {"a/b": (np.zeros((12, 64, 64, 3), np.uint8), np.ones((11, 2, 64, 64), np.float32))}
+    index = open_index(pack_arrays(tmp_path / "set", videos))
+    with pytest.raises(ValueError, match="holds no bdx, bdy members.*pack the videos again with --backward"):
+        Source(index, SPECS[2])
 
 
 def test_an_index_that_claims_a_giant_is_refused_before_memory_is_taken(index):

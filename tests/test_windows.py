@@ -9,7 +9,7 @@ import torch
 
 from loaders import dali_loader, reference
 from loaders.batch import FLOW_SCALE, StreamSpec
-from loaders.draw import SPREAD, draw_batch, population, rank_draws
+from loaders.draw import SPREAD, draw_batch, population, slot_draws
 from loaders.index import open_index
 from loaders.windows import keys_of, plan_windows
 
@@ -94,8 +94,8 @@ def test_a_resumed_loader_continues_the_sequence(index, rows, start_step):
 def test_a_window_gives_k_stacks_to_k_batches(index, rows, k):
     """Never two to one batch; each stack within the window's L + k - 1 fields; decoded once, when the first is due."""
     spec, count = spec_of(k), 4 * k * SPREAD
-    draws = list(islice(rank_draws(population(index, rows, spec), spec, seed=1, batch_size=16, rank=0, world_size=1,
-                                   start_step=0), count))  # fmt: skip
+    videos = population(index, rows, spec)
+    draws = list(islice(slot_draws(videos, spec, seed=1, batch_size=16, slots=(0, 16), start_step=0), count))
     uses, decoded = Counter(), Counter()
     for draw, new in plan_windows(iter(draws), 0, spec):
         keys = keys_of(draw)
@@ -122,8 +122,8 @@ def test_in_the_long_run_a_stack_costs_its_share_of_a_window(index, rows, k):
     assert max(sizes) <= SPREAD * batch_size
     # videos have four sizes, and still the windows' memory is that of the largest, for as many as are in use
     assert memory <= SPREAD * batch_size * spec.window_steps * 2 * int((index.heights * index.widths).max())
-    draws = rank_draws(population(index, rows, spec), spec, seed=0, batch_size=batch_size, rank=0, world_size=1,
-                       start_step=7)  # fmt: skip
+    videos = population(index, rows, spec)
+    draws = slot_draws(videos, spec, seed=0, batch_size=batch_size, slots=(0, batch_size), start_step=7)
     new = [len(new.keys) for _, new in islice(plan_windows(draws, 7, spec), (k + 5) * SPREAD)]
     assert new[0] == batch_size and set(new[(k + 1) * SPREAD :]) == {batch_size // k}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import math
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from loaders.batch import Batch, StreamSpec
-from loaders.draw import check_batch_size, check_crop, population
+from loaders.batch import Batch
+from loaders.draw import check_batch_size, check_crop
 from loaders.index import Index
+from loaders.joint import JointLoader, Part, part_slots
 from loaders.source import Source
 from nets.cnn_m import CNNM, output_px
 from train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -24,29 +26,17 @@ from train.config import Config, to_flat
 from train.dist import World
 from train.log import TrainLog
 from train.meter import GpuTimeline, Meter
+from train.model import LAST_LAYER, build_net, build_optimizer, check_init, compute_logits, start_from, stream_spec
 from train.schedule import learning_rate
+from train.tasks import Tasks, batch_shares, open_tasks, samples_of_tasks, tasks_loss
 
 logger = logging.getLogger(__name__)
 
+#: Keeps the draws of several data sets apart under one seed.
+SEEDS_APART = 2**40
+
 #: Name of the checkpoint in a stream's folder.
 CHECKPOINT = "checkpoint.pt"
-
-#: A GPU's tensor cores want it; on a CPU it makes a training step up to 1.8 times faster.
-MEMORY_FORMAT = torch.channels_last
-
-
-def stream_spec(config: Config, stream: str) -> StreamSpec:
-    """What the stream's loader delivers under this config."""
-    data = config.data
-    return StreamSpec(
-        stream=stream,
-        L=data.L,
-        crop_px=data.crop_px,
-        subtract_mean=data.subtract_mean,
-        color_jitter=data.color_jitter,
-        random_mirror=data.random_mirror,
-        stacks_per_window=data.stacks_per_window if stream == "temporal" else 1,
-    )
 
 
 def loader_module(config: Config) -> Any:
@@ -66,44 +56,20 @@ def loader_options(config: Config, world: World) -> dict[str, Any]:
     }
 
 
-def build_net(config: Config, stream: str, num_classes: int, device: torch.device) -> CNNM:
-    """The stream's net on the device; its initial weights depend on the config alone."""
-    net = CNNM(
-        stream_spec(config, stream).num_channels,
-        num_classes,
-        width=config.model.width,
-        input_px=config.data.crop_px,
-        dropout=config.stream(stream).dropout,
-        second_lrn=stream == "spatial",
-        seed=config.train.seed,
-    )
-    net.to(device)
-    return net.to(memory_format=MEMORY_FORMAT)  # type: ignore[call-overload]
-
-
-def build_optimizer(net: nn.Module, config: Config) -> torch.optim.SGD:
-    """SGD with the configured momentum and weight decay; the learning rate is set anew at each step."""
-    return torch.optim.SGD(net.parameters(), momentum=config.train.momentum, weight_decay=config.train.weight_decay)
-
-
-def compute_logits(net: nn.Module, inputs: Tensor, masks: tuple[Tensor, ...] | None, config: Config) -> Tensor:
-    """One forward pass in the configured precision. Returns logits (N, num_classes) float32."""
-    kind = inputs.device.type
-    bfloat16 = config.train.precision == "bfloat16" or (config.train.precision == "auto" and kind == "cuda")
-    with torch.autocast(kind, torch.bfloat16, enabled=bfloat16):
-        # Autocast would convert the type anyway; with the layout it is one pass over the batch.
-        dtype = torch.bfloat16 if bfloat16 else inputs.dtype
-        return net(inputs.to(dtype, memory_format=MEMORY_FORMAT), masks).float()
-
-
 def check_stream(config: Config, stream: str, index: Index, world_size: int) -> None:
     """Raise ValueError if the packed set cannot give the stream what the config asks for, or not to so many ranks."""
     spec = stream_spec(config, stream)
     check_batch_size(config.train.batch_size, world_size, spec)
     output_px(spec.crop_px)
-    Source(index, spec).close()  # are its members there?
-    population(index, index.split(f"{config.data.split}_train"), spec)
-    check_crop(index, index.split(f"{config.data.split}_test"), spec)
+    tasks = open_tasks(config, stream, index)
+    for data in tasks.sets:
+        Source(data.index, spec).close()  # are its members there?
+        if data.test_list:
+            check_crop(data.index, data.index.split(data.test_list), spec)
+    batch_shares(tasks, config, stream, spec)
+    if init := config.stream(stream).init:
+        net = build_net(config, stream, sum(tasks.num_outputs), torch.device("meta"))
+        check_init(net, load_checkpoint(Path(init)), init)
 
 
 def train_stream(config: Config, stream: str, index: Index, folder: Path, world: World) -> None:
@@ -114,9 +80,12 @@ def train_stream(config: Config, stream: str, index: Index, folder: Path, world:
     Raises ValueError if the checkpoint belongs to another data set, FloatingPointError if the loss is not finite.
     """
     train, schedule = config.train, config.stream(stream)
-    net = build_net(config, stream, len(index.classes), world.device)
+    tasks = open_tasks(config, stream, index)
+    shares = batch_shares(tasks, config, stream, stream_spec(config, stream))
+    net = _begin(config, stream, tasks, world)
     optimizer = build_optimizer(net, config)
-    start_step = _restore(net, optimizer, folder / CHECKPOINT, index)
+    start_step = _restore(net, optimizer, folder / CHECKPOINT, tasks)
+    compute_loss = _loss_of(tasks, shares, world)
     _check_same_step(start_step, folder, world)
     logger.info("%s: training steps %d to %d", stream, start_step, schedule.steps)
     if start_step == schedule.steps:
@@ -124,7 +93,10 @@ def train_stream(config: Config, stream: str, index: Index, folder: Path, world:
     if train.compile:
         net.compile()
     model = world.wrap(net.train(), bucket_mb=train.bucket_mb, gradient_compression=train.gradient_compression)
-    with _train_loader(config, stream, index, start_step, world) as loader, _open_log(folder, start_step, world) as log:
+    with (
+        _train_loader(config, stream, tasks, shares, start_step, world) as loader,
+        _open_log(folder, start_step, world) as log,
+    ):
         meter = Meter(GpuTimeline() if world.device.type == "cuda" else None)
         for step in tqdm(
             range(start_step, schedule.steps),
@@ -138,7 +110,7 @@ def train_stream(config: Config, stream: str, index: Index, folder: Path, world:
             masks = net.draw_masks(
                 train.seed, step, batch_size=train.batch_size, rank=world.rank, world_size=world.world_size
             )
-            loss = update(model, optimizer, lr, batch, masks, config)
+            loss = update(model, optimizer, lr, batch, masks, config, compute_loss)
             meter.count(train.batch_size)
             done = step + 1
             if done % train.log_every == 0 or done == schedule.steps:
@@ -146,19 +118,53 @@ def train_stream(config: Config, stream: str, index: Index, folder: Path, world:
                 if log is not None:
                     log.write(record)
             if done % train.checkpoint_every == 0 or done == schedule.steps:
-                _save(net, optimizer, done, config, stream, index, folder, world)
+                _save(net, optimizer, done, config, stream, tasks, folder, world)
+
+
+def mean_loss(logits: Tensor, batch: Batch) -> Tensor:
+    """Mean cross-entropy of a slice; slices are equal."""
+    return F.cross_entropy(logits, batch.labels)
+
+
+def _loss_of(tasks: Tasks, shares: Sequence[int], world: World) -> Callable[[Tensor, Batch], Tensor]:
+    """The loss of a stream's tasks, or the plain one of a single data set."""
+    if len(tasks.sets) == 1:
+        return mean_loss
+    num_samples = samples_of_tasks(tasks, shares)
+    return lambda logits, batch: tasks_loss(
+        logits, batch.labels, batch.task, tasks.num_outputs, num_samples, world.world_size
+    )
+
+
+def _begin(config: Config, stream: str, tasks: Tasks, world: World) -> CNNM:
+    """The net before its first update."""
+    options = config.stream(stream)
+    net = build_net(config, stream, sum(tasks.num_outputs), world.device)
+    if options.init:
+        start_from(net, options.init)
+    if options.train_layers == "last":
+        for name, parameter in net.named_parameters():
+            parameter.requires_grad = name.startswith(LAST_LAYER)
+    return net
 
 
 def update(
-    model: nn.Module, optimizer: torch.optim.SGD, lr: float, batch: Batch, masks: tuple[Tensor, ...], config: Config
+    model: nn.Module,
+    optimizer: torch.optim.SGD,
+    lr: float,
+    batch: Batch,
+    masks: tuple[Tensor, ...],
+    config: Config,
+    compute_loss: Callable[[Tensor, Batch], Tensor] = mean_loss,
 ) -> Tensor:
-    """One SGD update on this rank's slice of the global batch. Returns the slice's mean loss before it, a scalar.
+    """One SGD update on this rank's slice of the global batch. Returns the slice's loss before it, a scalar.
 
-    Slices are equal, so the mean of the ranks' gradients, which the wrapped model computes, is the global batch's.
+    compute_loss: of (logits, batch), such that its mean over the ranks is the global batch's loss: their gradients are
+    averaged by the wrapped model.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
-    loss = F.cross_entropy(compute_logits(model, batch.inputs, masks, config), batch.labels)
+    loss = compute_loss(compute_logits(model, batch.inputs, masks, config), batch)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
@@ -173,18 +179,28 @@ def _finite_mean(loss: Tensor, stream: str, step: int, world: World) -> float:
     return mean
 
 
-def _train_loader(config: Config, stream: str, index: Index, start_step: int, world: World) -> Any:
-    loader = loader_module(config).train_loader(
-        index,
-        index.split(f"{config.data.split}_train"),
-        stream_spec(config, stream),
-        seed=config.train.seed,
-        batch_size=config.train.batch_size,
-        start_step=start_step,
-        **loader_options(config, world),
-    )
-    if loader.num_left_out:
-        logger.warning("%s: %d videos are too short for training and left out", stream, loader.num_left_out)
+def _train_loader(
+    config: Config, stream: str, tasks: Tasks, shares: Sequence[int], start_step: int, world: World
+) -> Any:
+    """The training batches of this rank, of one data set or several."""
+    options = {"start_step": start_step, **loader_options(config, world)}
+    make, spec, seed = loader_module(config).train_loader, stream_spec(config, stream), config.train.seed
+    if len(tasks.sets) == 1:
+        (data,) = tasks.sets
+        loader = make(data.index, data.rows, spec, seed=seed, batch_size=config.train.batch_size, **options)
+        num_left_out = loader.num_left_out
+    else:
+        del options["rank"], options["world_size"]
+        parts = []
+        slots = part_slots(shares, world.rank, world.world_size)
+        for number, (data, share, own) in enumerate(zip(tasks.sets, shares, slots, strict=True)):
+            if own[0] < own[1]:  # this rank has samples of the set
+                drawn = {"seed": seed + number * SEEDS_APART, "batch_size": share, "slots": own}
+                parts.append(Part(make(data.index, data.rows, spec, **drawn, **options), data.task, data.label_map))
+        loader = JointLoader(parts)
+        num_left_out = sum(part.loader.num_left_out for part in parts)
+    if num_left_out:
+        logger.warning("%s: %d videos are too short for training and left out", stream, num_left_out)
     return loader
 
 
@@ -195,11 +211,11 @@ def _open_log(folder: Path, start_step: int, world: World) -> AbstractContextMan
     return TrainLog(folder, start_step)
 
 
-def _restore(net: nn.Module, optimizer: torch.optim.SGD, path: Path, index: Index) -> int:
+def _restore(net: nn.Module, optimizer: torch.optim.SGD, path: Path, tasks: Tasks) -> int:
     """Load net and optimizer from the checkpoint at `path`, if there is one. Returns the number of updates done."""
     if not path.exists():
         return 0
-    checkpoint = load_checkpoint(path, dataset=index.fingerprint)
+    checkpoint = load_checkpoint(path, dataset=tasks.fingerprint)
     net.load_state_dict(checkpoint.net)
     optimizer.load_state_dict(checkpoint.optimizer)
     return checkpoint.step
@@ -223,11 +239,11 @@ def _save(
     step: int,
     config: Config,
     stream: str,
-    index: Index,
+    tasks: Tasks,
     folder: Path,
     world: World,
 ) -> None:
     if world.is_main:
-        state = Checkpoint(stream, step, net.state_dict(), optimizer.state_dict(), to_flat(config), index.fingerprint)
+        state = Checkpoint(stream, step, net.state_dict(), optimizer.state_dict(), to_flat(config), tasks.fingerprint)
         save_checkpoint(state, folder / CHECKPOINT)
     world.barrier()  # nobody reads, or ends, before the file is there

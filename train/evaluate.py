@@ -24,8 +24,10 @@ from loaders.views import VIEWS
 from train.checkpoint import load_checkpoint
 from train.config import Config, read_config
 from train.dist import Machines, World, launch
-from train.engine import CHECKPOINT, build_net, compute_logits, loader_module, loader_options, stream_spec
-from train.scores import Scores, read_scores, write_scores
+from train.engine import CHECKPOINT, loader_module, loader_options
+from train.model import build_net, compute_logits, stream_spec
+from train.scores import Scores, read_scores, score_file, write_scores
+from train.tasks import open_tasks
 
 logger = logging.getLogger(__name__)
 
@@ -33,46 +35,62 @@ VIEWS_PER_TAU = len(VIEWS)
 PARTS = ("test", "train")
 
 
-def scores_path(run: Path, stream: str, part: str) -> Path:
-    """Where a run keeps a stream's scores of the "test" or "train" list."""
-    return run / stream / f"scores_{part}.npz"
+def scores_path(run: Path, stream: str, part: str, task: int = 0) -> Path:
+    """Where a run keeps a stream's scores of the "test" or "train" list, of its own data set or a further task's."""
+    return score_file(run / stream / f"task{task}" if task else run / stream, part)
+
+
+def scored(run: Path, stream: str) -> list[Path]:
+    """The files with test scores of a stream, of its own data set first."""
+    folder = run / stream
+    return [
+        path for path in (score_file(folder, "test"), *sorted(folder.glob("task*/scores_test.npz"))) if path.exists()
+    ]
 
 
 def evaluate_stream(config: Config, stream: str, index: Index, run: Path, world: World, *, force: bool = False) -> None:
-    """Score the split's test and training videos with the stream's checkpoint and store both score files.
+    """Score each data set's test and training videos with the stream's checkpoint and store the score files.
 
-    A file that this checkpoint has written already is left alone unless `force`.
+    A set without a test list, and a list of which no views are asked for, is passed over; a file that this checkpoint
+    has written already is left alone unless `force`.
     Raises FileNotFoundError without a checkpoint, ValueError if it belongs to another data set.
     """
     path = run / stream / CHECKPOINT
-    checkpoint = load_checkpoint(path, dataset=index.fingerprint)
+    tasks = open_tasks(config, stream, index)
+    checkpoint = load_checkpoint(path, dataset=tasks.fingerprint)
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    net = build_net(config, stream, len(index.classes), world.device)
+    net = build_net(config, stream, sum(tasks.num_outputs), world.device)
     net.load_state_dict(checkpoint.net)
     num_taus = {"test": config.eval.num_taus, "train": config.eval.num_taus_train}
-    for part in PARTS:
-        split_list = f"{config.data.split}_{part}"
-        done = world.is_main and not force and _is_scored(scores_path(run, stream, part), digest, num_taus[part])
+    parts = [part for part in PARTS if num_taus[part]]
+    wanted = [(data, data.test_list, part) for data in tasks.sets if data.test_list for part in parts]
+    for data, test_list, part in wanted:
+        split_list = test_list.removesuffix("test") + part
+        out = scores_path(run, stream, part, data.task)
+        done = world.is_main and not force and _is_scored(out, digest, num_taus[part])
         if world.sum(torch.tensor(int(done), device=world.device)).item():
             logger.info("%s: %s is scored already", stream, split_list)
             continue
         logger.info("%s: scoring %s in %d x %d views", stream, split_list, num_taus[part], VIEWS_PER_TAU)
-        rows = index.split(split_list)
-        scores, num_views = score_videos(net, config, stream, index, rows, num_taus[part], world)
+        rows = data.index.split(split_list)
+        columns = tasks.columns(data.task)
+        columns = slice(columns.start, columns.start + len(data.index.classes))  # without classes added for training
+        scores, num_views = score_videos(net, config, stream, data.index, rows, num_taus[part], world, columns)
         if world.is_main:
             result = Scores(
-                video_ids=np.array(index.video_ids(rows)),
-                labels=index.labels[rows],
+                video_ids=np.array(data.index.video_ids(rows)),
+                labels=data.index.labels[rows],
                 scores=scores,
                 num_views=num_views,
-                classes=np.array(index.classes),
+                classes=np.array(data.index.classes),
                 stream=stream,
                 split_list=split_list,
-                dataset=index.fingerprint,
+                dataset=data.index.fingerprint,
                 checkpoint=digest,
             )
-            write_scores(result, scores_path(run, stream, part))
+            out.parent.mkdir(parents=True, exist_ok=True)
+            write_scores(result, out)
     world.barrier()  # every score file is there before anyone reads it
 
 
@@ -84,9 +102,11 @@ def score_videos(
     rows: npt.NDArray[np.int64],
     num_taus: int,
     world: World,
+    columns: slice,
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
     """Mean softmax over num_taus x 10 views of the videos in `rows` of the index, which all processes share out.
 
+    columns: the net's outputs for the index's classes; the softmax is over these alone.
     Returns scores (V, K) float64, rows sum to 1, and num_views (V,), num_taus * 10 each; the same in every process.
     """
     slot_of_row = np.full(index.num_videos, -1)
@@ -104,7 +124,7 @@ def score_videos(
     net.eval()
     with loader, torch.inference_mode():
         for batch in tqdm(loader, desc=f"{stream} views", disable=None if world.is_main else True):
-            probabilities = compute_logits(net, batch.inputs, None, config).softmax(1)
+            probabilities = compute_logits(net, batch.inputs, None, config)[:, columns].softmax(1)
             # Padding has a slot too, any will do, and weight 0.
             slots = torch.from_numpy(slot_of_row[batch.draw.video]).to(world.device)
             valid = torch.from_numpy(batch.draw.valid).to(world.device)
@@ -155,10 +175,10 @@ def _evaluate(world: World, config: Config, run: Path, force: bool) -> None:
     for stream in config.train.streams:
         evaluate_stream(config, stream, index, run, world, force=force)
         if world.is_main:
-            path = scores_path(run, stream, "test")
-            scores = read_scores(path)
-            num_correct = int((scores.scores.argmax(1) == scores.labels).sum())
-            print(f"{stream}: {num_correct} of {len(scores.labels)} test videos correct; scores in {path}")
+            for path in scored(run, stream):
+                scores = read_scores(path)
+                num_correct = int((scores.scores.argmax(1) == scores.labels).sum())
+                print(f"{stream}: {num_correct} of {len(scores.labels)} test videos correct; scores in {path}")
 
 
 if __name__ == "__main__":

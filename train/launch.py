@@ -14,7 +14,7 @@ from loaders.index import open_index
 from train.config import STREAMS, Config, differing_keys, read_config, resolve_config, short_hash, write_config
 from train.dist import Machines, World, launch
 from train.engine import CHECKPOINT, check_stream, train_stream
-from train.evaluate import evaluate_stream, scores_path
+from train.evaluate import evaluate_stream, scored
 from train.fuse import fuse_runs, report, write_results
 
 
@@ -34,8 +34,8 @@ def open_run(run: Path, config: Config, resume: str) -> None:
                 "it, give another --run, or start over with --resume never."
             )
     elif stored_path.exists():
-        for pattern in (CHECKPOINT, "log.jsonl", "scores_*.npz", "events.out.tfevents.*"):
-            for path in (path for stream in STREAMS for path in (run / stream).glob(pattern)):
+        for pattern in (CHECKPOINT, "log.jsonl", "scores_*.npz", "events.out.tfevents.*", "results.*"):
+            for path in (path for stream in STREAMS for path in (run / stream).rglob(pattern)):
                 path.unlink()
         for name in ("results.json", "results.txt"):
             (run / name).unlink(missing_ok=True)
@@ -75,16 +75,20 @@ def _run(world: World, config: Config, run: Path) -> None:
     for stream in config.train.streams:
         evaluate_stream(config, stream, index, run, world)
     if world.is_main:
-        results = fuse_runs([run], config.fuse)
-        print(report(results))
-        print("\nwrote:")
-        for path in [run / "config.yaml", *write_results(results, run)]:
-            print(f"  {path}")
-        for stream in config.train.streams:
-            for name in (CHECKPOINT, "log.jsonl"):
-                print(f"  {run / stream / name}")
-            for part in ("test", "train"):
-                print(f"  {scores_path(run, stream, part)}")
+        _conclude(config, run)
+
+
+def _conclude(config: Config, run: Path) -> None:
+    """Fuse, print the tables, and list what the run has written."""
+    wrote = [run / "config.yaml"]
+    for stream in config.train.streams:
+        wrote += [run / stream / CHECKPOINT, run / stream / "log.jsonl", *sorted((run / stream).rglob("scores_*.npz"))]
+    tasks = [path.parent for stream in config.train.streams for path in scored(run, stream)[1:]]
+    for folder in [run, *tasks] if config.eval.num_taus else []:
+        results = fuse_runs([folder], config.fuse)
+        print(report(results), end="\n\n")
+        wrote += write_results(results, folder)
+    print("wrote:", *wrote, sep="\n  ")
 
 
 if __name__ == "__main__":
