@@ -5,10 +5,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from sklearn.metrics import top_k_accuracy_score
 
-from train import fuse
+from train import fuse, results
 from train.config import FuseConfig
-from train.scores import Scores, read_scores, write_scores
+from train.scores import Scores, read_scores, score_file, write_scores
 
 K = 4
 
@@ -18,10 +19,10 @@ def softmax(logits):
     return p / p.sum(1, keepdims=True)
 
 
-def make_scores(stream, part, *, labels, signal, seed=0, **changes):
+def make_scores(stream, part, *, labels, signal, seed=0, num_classes=K, **changes):
     """Noisy scores in which class k is told from class k ^ `signal` only by the other stream."""
     rng = np.random.default_rng([seed, len(stream), len(part)])
-    logits = rng.normal(size=(len(labels), K), scale=0.25)
+    logits = rng.normal(size=(len(labels), num_classes), scale=0.25)
     logits[np.arange(len(labels)), labels] += 3
     logits[np.arange(len(labels)), labels ^ signal] += 3
     fields = {
@@ -29,7 +30,7 @@ def make_scores(stream, part, *, labels, signal, seed=0, **changes):
         "labels": labels,
         "scores": softmax(logits),
         "num_views": np.full(len(labels), 250),
-        "classes": np.array([f"class{k}" for k in range(K)]),
+        "classes": np.array([f"class{k}" for k in range(num_classes)]),
         "stream": stream,
         "split_list": f"split1_{part}",
         "dataset": "d1",
@@ -38,14 +39,19 @@ def make_scores(stream, part, *, labels, signal, seed=0, **changes):
     return Scores(**{**fields, **changes})
 
 
-def write_run(folder, *, num_train=60, num_test=40, **changes):
-    labels = {"train": np.arange(num_train) % K, "test": np.arange(num_test) % K}
+def write_run(folder, *, num_train=60, num_test=40, num_classes=K, **changes):
+    labels = {"train": np.arange(num_train) % num_classes, "test": np.arange(num_test) % num_classes}
     for stream, signal in (("spatial", 1), ("temporal", 2)):
         (folder / stream).mkdir(parents=True)
         for part in ("train", "test"):
-            scores = make_scores(stream, part, labels=labels[part], signal=signal, **changes)
-            write_scores(scores, folder / stream / f"scores_{part}.npz")
+            scores = make_scores(stream, part, labels=labels[part], signal=signal, num_classes=num_classes, **changes)
+            write_scores(scores, score_file(folder / stream, part))
+    (folder / "config.yaml").write_text("")
     return folder
+
+
+def change_scores(path, **changes):
+    write_scores(Scores(**{**vars(read_scores(path)), **changes}), path)
 
 
 @pytest.fixture
@@ -72,8 +78,8 @@ def test_damaged_and_missing_score_files_are_named(tmp_path):
 
 
 def test_both_fusions_use_what_each_stream_knows(run):
-    results = fuse.fuse_runs([run], FuseConfig())
-    accuracy = {method: (predicted == results.labels).mean() for method, predicted in results.predicted.items()}
+    fused = fuse.fuse_runs([run], FuseConfig())
+    accuracy = {method: (predicted == fused.labels).mean() for method, predicted in fused.predicted.items()}
     assert max(accuracy["spatial"], accuracy["temporal"]) < 0.75
     assert min(accuracy["average"], accuracy["svm"]) > 0.9
 
@@ -93,14 +99,12 @@ def test_the_svm_never_sees_test_labels(tmp_path):
     run = write_run(tmp_path / "b")
     for stream in ("spatial", "temporal"):
         path = run / stream / "scores_test.npz"
-        scores = read_scores(path)
-        wrong = {**vars(scores), "labels": np.roll(scores.labels, 1)}
-        write_scores(Scores(**wrong), path)
+        change_scores(path, labels=np.roll(read_scores(path).labels, 1))
     shuffled = fuse.fuse_runs([run], FuseConfig())
     assert not np.array_equal(honest.labels, shuffled.labels)
     assert (honest.svm_C, honest.svm_accuracy) == (shuffled.svm_C, shuffled.svm_accuracy)
-    for method in honest.predicted:
-        assert np.array_equal(honest.predicted[method], shuffled.predicted[method])
+    for method in honest.scores:
+        assert np.array_equal(honest.scores[method], shuffled.scores[method])
 
 
 def test_cross_validation_divides_no_group_and_prefers_the_smallest_best_C(monkeypatch):
@@ -123,7 +127,7 @@ def test_cross_validation_divides_no_group_and_prefers_the_smallest_best_C(monke
         held_groups = {groups[number[row.tobytes()]] for row in held}
         assert held_groups.isdisjoint(groups[sorted(fitted)])
     monkeypatch.undo()
-    assert fuse.svm_predict([features], labels, groups, [features], FuseConfig(C=[10, 100]))[1] == 10
+    assert fuse.svm_scores([features], labels, groups, [features], FuseConfig(C=[10, 100]))[1] == 10
 
 
 def test_one_source_cannot_be_cross_validated():
@@ -146,9 +150,9 @@ def test_videos_of_one_source_form_a_group(video_id, group):
 
 
 def test_wilson_interval():
-    assert fuse.wilson_interval_pct(45, 56) == pytest.approx((68.16, 88.66), abs=0.01)
-    assert fuse.wilson_interval_pct(10, 10) == pytest.approx((72.25, 100.0), abs=0.01)
-    assert fuse.wilson_interval_pct(0, 10) == pytest.approx((0.0, 27.75), abs=0.01)
+    assert results.wilson_interval_pct(45, 56) == pytest.approx((68.16, 88.66), abs=0.01)
+    assert results.wilson_interval_pct(10, 10) == pytest.approx((72.25, 100.0), abs=0.01)
+    assert results.wilson_interval_pct(0, 10) == pytest.approx((0.0, 27.75), abs=0.01)
 
 
 def test_tables_add_up(run, capsys):
@@ -170,13 +174,135 @@ def test_tables_add_up(run, capsys):
     assert str(run / "results.json") in printed
 
 
-def test_two_runs_are_fused_like_one(run, tmp_path):
+def test_streams_of_two_runs_are_fused_like_those_of_one(run, tmp_path):
     other = write_run(tmp_path / "other")
-    (run / "config.yaml").write_text("")
-    fuse.main([str(run), str(other)])
+    fuse.main([str(run / "spatial"), str(other / "temporal")])
     one = fuse.fuse_runs([run], FuseConfig())
-    stored = json.loads((run / "fused-with-other" / "results.json").read_text())
-    assert stored["methods"]["svm"]["predicted"] == one.predicted["svm"].tolist()
+    stored = json.loads((run / "spatial" / "fused-with-other-temporal" / "results.json").read_text())
+    assert list(stored["methods"]) == ["spatial", "temporal", "average", "svm"]
+    for method, predicted in one.predicted.items():
+        assert stored["methods"][method]["predicted"] == predicted.tolist()
+        assert stored["methods"][method]["title"] == fuse.TITLES[method]
+    assert [source["folder"] for source in stored["sources"]] == [str(run / "spatial"), str(other / "temporal")]
+    assert stored["weights"] == [1, 1] and stored["no_svm"] == ""
+
+
+def test_any_number_of_sources_have_names_that_tell_them_apart(run, tmp_path):
+    other, third = (write_run(tmp_path / name / "run", seed=1 + len(name)) for name in ("b", "cc"))
+    fused = fuse.fuse_runs([run, other / "temporal", third / "temporal"], FuseConfig())
+    names = ["spatial", f"{tmp_path.name}/run/temporal", "b/run/temporal", "cc/run/temporal"]
+    assert list(fused.scores) == [*names, "average", "svm"]
+    table = results.report(fused)
+    for name in names[1:]:
+        assert sum(f"Temporal ConvNet ({name})" in line for line in table.splitlines()) == 1
+    assert "Averaging of 4" in table and "SVM on 4" in table
+    assert fused.scores["average"] == pytest.approx(sum(fused.scores[name] for name in names) / 4)
+    assert fused.scores["b/run/temporal"] == pytest.approx(read_scores(other / "temporal" / "scores_test.npz").scores)
+
+
+def test_a_task_of_a_run_is_a_source_of_its_own(run):
+    """Its videos are not the first data set's, with which it can therefore not be fused by mistake."""
+    task = run / "temporal" / "task1"
+    task.mkdir()
+    for part in ("train", "test"):
+        changes = {"dataset": "d2", "num_classes": 8}
+        scores = make_scores("temporal", part, labels=np.arange(24) % 8, signal=1, **changes)
+        write_scores(scores, score_file(task, part))
+    fuse.main([str(task)])
+    assert list(json.loads((task / "results.json").read_text())["methods"]) == ["temporal"]
+    assert list(fuse.fuse_runs([run], FuseConfig()).scores) == ["spatial", "temporal", "average", "svm"]
+    with pytest.raises(ValueError, match="run/temporal scores are of dataset d1, temporal/task1 scores of d2"):
+        fuse.fuse_runs([run / "temporal", task], FuseConfig())
+
+
+def test_weights_are_of_the_average_alone(run):
+    plain, weighted = (fuse.fuse_runs([run], FuseConfig(), weights) for weights in (None, [1, 3]))
+    expected = 0.25 * plain.scores["spatial"] + 0.75 * plain.scores["temporal"]
+    assert weighted.scores["average"] == pytest.approx(expected)
+    assert weighted.scores["average"] == pytest.approx(fuse.fuse_runs([run], FuseConfig(), [5, 15]).scores["average"])
+    assert np.array_equal(weighted.scores["svm"], plain.scores["svm"])
+    assert "Two-stream, averaging, weights 1 : 3" in results.report(weighted)
+
+
+def test_a_weighted_average_does_not_replace_the_run_s_results(run):
+    fuse.main([str(run)])
+    before = (run / "results.json").read_bytes()
+    fuse.main([str(run), "--weights", "1", "2.5"])
+    assert (run / "results.json").read_bytes() == before
+    assert json.loads((run / "fused-weights-1-2.5" / "results.json").read_text())["weights"] == [1, 2.5]
+
+
+@pytest.mark.parametrize("weights", [["1"], ["1", "2", "3"], ["1", "0"], ["1", "nan"], ["inf", "1"]])
+def test_wrong_weights_are_refused(run, weights):
+    with pytest.raises(SystemExit, match="give one positive number for each of spatial, temporal"):
+        fuse.main([str(run), "--weights", *weights])
+
+
+def test_without_training_scores_there_is_no_svm_and_the_table_says_why(run, capsys):
+    whole = fuse.fuse_runs([run], FuseConfig())
+    score_file(run / "temporal", "train").unlink()
+    fuse.main([str(run)])
+    assert "no SVM: temporal has no training scores; evaluate with eval.num_taus_train" in capsys.readouterr().out
+    stored = json.loads((run / "results.json").read_text())
+    assert list(stored["methods"]) == ["spatial", "temporal", "average"]
+    assert stored["methods"]["average"]["predicted"] == whole.predicted["average"].tolist()
+    assert stored["svm_C"] is None and stored["no_svm"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"checkpoint": "c0"}, "temporal has training scores of another checkpoint than its test scores"),
+        ({"split_list": "all"}, "spatial scores are of split_list split1_train, temporal scores of all"),
+    ],
+)
+def test_training_scores_that_do_not_belong_together_fit_no_svm(run, changes, reason):
+    change_scores(score_file(run / "temporal", "train"), **changes)
+    fused = fuse.fuse_runs([run], FuseConfig())
+    assert list(fused.scores) == ["spatial", "temporal", "average"]
+    assert reason in fused.no_svm
+
+
+def test_what_is_no_source_or_given_twice_is_refused(run, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no scores in .*empty, .*empty/spatial, .*empty/temporal: give"):
+        fuse.fuse_runs([run, tmp_path / "empty"], FuseConfig())
+    with pytest.raises(ValueError, match="temporal is given twice"):
+        fuse.fuse_runs([run, run / "spatial" / ".." / "temporal"], FuseConfig())
+    (run / "config.yaml").unlink()
+    with pytest.raises(SystemExit, match="belongs to no run"):
+        fuse.main([str(run)])
+
+
+def test_top_5_is_reported_where_there_are_more_classes(tmp_path, capsys):
+    run = write_run(tmp_path / "eight", num_classes=8, num_train=64)
+    for path in run.glob("*/scores_test.npz"):  # hard enough that the top 5 miss some
+        noise = np.random.default_rng(len(path.parent.name)).normal(size=(40, 8), scale=2.5)
+        change_scores(path, scores=softmax(np.log(read_scores(path).scores) + noise))
+    fuse.main([str(run)])
+    assert "top-5" in capsys.readouterr().out
+    fused = fuse.fuse_runs([run], FuseConfig())
+    stored = json.loads((run / "results.json").read_text())["methods"]
+    assert list(stored) == ["spatial", "temporal", "average", "svm"]
+    for method, scores in fused.scores.items():
+        expected = 100 * top_k_accuracy_score(fused.labels, scores, k=5)
+        assert stored[method]["top5_pct"] == pytest.approx(expected)
+        assert stored[method]["accuracy_pct"] < expected < 100
+    few = results.summary(fuse.fuse_runs([write_run(tmp_path / "four")], FuseConfig()))
+    assert not any("top5_pct" in row for row in few["methods"].values())
+
+
+@pytest.mark.parametrize("known", [[0, 1], [0, 1, 3]])
+def test_svm_scores_agree_with_its_predictions(known):
+    """Also with two classes, of which it has one decision value, and with classes that training lacks."""
+    rng = np.random.default_rng(0)
+    labels = np.array(known)[np.arange(30) % len(known)]
+    train, test = (softmax(rng.normal(size=(30, K)) + 2 * np.eye(K)[labels]) for _ in range(2))
+    config = FuseConfig(C=[1.0], folds=2)
+    scores, chosen, _ = fuse.svm_scores([train], labels, [str(v) for v in range(30)], [test], config)
+    fitted = fuse.fit_svm(fuse.svm_features([train]), labels, chosen)
+    assert scores.shape == (30, K)
+    assert np.array_equal(scores.argmax(1), fitted.predict(fuse.svm_features([test])))
+    assert np.isneginf(scores[:, 2]).all()
 
 
 @pytest.mark.parametrize(
@@ -184,12 +310,12 @@ def test_two_runs_are_fused_like_one(run, tmp_path):
     [
         ({"dataset": "d2"}, "spatial scores are of dataset d1, temporal scores of d2"),
         ({"split_list": "split2_test"}, "of split_list split1_test, temporal scores of split2_test"),
-        ({"video_ids": np.array([f"x{v}" for v in range(40)])}, "name different videos"),
+        ({"video_ids": np.array([f"x{v}" for v in range(40)])}, "spatial and temporal scores .* name different videos"),
+        ({"classes": np.array([f"x{k}" for k in range(5)])}, "of 4 classes, temporal scores of 5 others"),
     ],
 )
 def test_scores_of_other_videos_are_refused(run, changes, message):
-    path = run / "temporal" / "scores_test.npz"
-    write_scores(Scores(**{**vars(read_scores(path)), **changes}), path)
+    change_scores(run / "temporal" / "scores_test.npz", **changes)
     with pytest.raises(ValueError, match=message):
         fuse.fuse_runs([run], FuseConfig())
 
@@ -197,17 +323,17 @@ def test_scores_of_other_videos_are_refused(run, changes, message):
 def test_one_stream_alone_has_a_table(run):
     for path in (run / "temporal").iterdir():
         path.unlink()
-    results = fuse.fuse_runs([run], FuseConfig())
-    assert list(results.predicted) == ["spatial"]
-    assert "Spatial ConvNet" in fuse.report(results)
+    fused = fuse.fuse_runs([run], FuseConfig())
+    assert list(fused.scores) == ["spatial"]
+    assert "Spatial ConvNet" in results.report(fused) and "SVM" not in results.report(fused)
 
 
 def test_classes_without_test_videos_and_many_classes():
     labels = np.arange(30) % 15
     predicted = labels.copy()
     predicted[:2] = 9
-    confusion = fuse.confusion_matrix(labels, predicted, 16)
-    assert fuse.per_class_recall(confusion)[15] is None
-    lines = fuse._confusion_lines(confusion, [f"class{k}" for k in range(16)])
+    confusion = results.confusion_matrix(labels, predicted, 16)
+    assert results.per_class_recall(confusion)[15] is None
+    lines = results.confusion_lines(confusion, [f"class{k}" for k in range(16)])
     assert sum("->" in line for line in lines) == 1 + 2
     assert any("class0 -> class9" in line for line in lines)

@@ -1,9 +1,12 @@
-"""Late fusion of the streams and the final table: `python -m train.fuse RUN [RUN_B]`.
+"""Late fusion of streams and the final table: `python -m train.fuse A [B C ...] [--weights 1 2 ...]`.
 
-Two ways (sec. 2): the average of the softmax scores, and a multi-class linear SVM on stacked L2-normalised scores. The
-SVM, with its C, is fitted on the *training* videos' scores; test videos are only predicted. Caution: the nets have seen
-the training videos, so those scores are over-confident: they hardly show which stream errs where, and where the nets
-fit their training set perfectly the SVM has nothing to learn.
+Each argument is a run folder, which stands for all its streams, or a stream's folder, such as RUN/temporal or
+RUN/temporal/task1. Two ways (sec. 2): the average of the softmax scores, weighted if asked for, and a multi-class
+linear SVM on stacked L2-normalised scores, which finds its weights itself.
+
+The SVM, with its C, is fitted on the *training* videos' scores; test videos are only predicted. Caution: the nets have
+seen the training videos, so those scores are over-confident: they hardly show which stream errs where, and where the
+nets fit their training set perfectly the SVM has nothing to learn.
 """
 
 from __future__ import annotations
@@ -14,22 +17,16 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import GroupKFold
 from sklearn.svm import LinearSVC
 
-from flow.shard import write_bytes, write_json
 from train.config import STREAMS, FuseConfig, read_config
-from train.evaluate import scores_path
-from train.scores import Scores, check_aligned, read_scores
-
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
+from train.results import Floats, Ints, Results, Source, report, write_results
+from train.scores import Scores, check_aligned, read_scores, score_file
 
 TITLES = {
     "spatial": "Spatial ConvNet",
@@ -39,30 +36,12 @@ TITLES = {
 }
 
 
-@dataclass(frozen=True)
-class Results:
-    """Predictions of each method for the same test videos.
-
-    predicted: method ("spatial", "temporal", "average", "svm") -> (V,) classes. svm_C: the C that cross-validation
-    chose; svm_accuracy: C -> accuracy in cross-validation on training videos; None and empty without fusion.
-    """
-
-    video_ids: list[str]
-    labels: Ints
-    classes: list[str]
-    split_list: str
-    dataset: str
-    predicted: dict[str, Ints]
-    svm_C: float | None
-    svm_accuracy: dict[float, float]
-
-
 # --- the two ways ------------------------------------------------------------------------------------------------
 
 
-def average(streams: Sequence[Floats]) -> Floats:
+def average(streams: Sequence[Floats], weights: Sequence[float] | None = None) -> Floats:
     """Mean of the streams' softmax scores: list of (V, K) -> (V, K), rows sum to 1."""
-    return np.mean(streams, axis=0)
+    return np.average(streams, axis=0, weights=weights)
 
 
 def svm_features(streams: Sequence[Floats]) -> Floats:
@@ -115,44 +94,112 @@ def fit_svm(features: Floats, labels: Ints, C: float) -> LinearSVC:
         return svm.fit(features, labels)
 
 
-def svm_predict(
+def svm_scores(
     train: Sequence[Floats], labels: Ints, groups: Sequence[str], test: Sequence[Floats], config: FuseConfig
-) -> tuple[Ints, float, dict[float, float]]:
-    """Fit the SVM on training videos and predict test videos, whose labels it is never given.
+) -> tuple[Floats, float, dict[float, float]]:
+    """Fit the SVM on training videos and score test videos, whose labels it is never given.
 
     Args:
         train, test: per stream (V_train, K) and (V_test, K) softmax scores.
         labels, groups: of the training videos.
-    Returns the predicted classes (V_test,), the chosen C, and the accuracy of every C in cross-validation.
+    Returns the decision function (V_test, K), -inf for classes without training videos; the chosen C; and the accuracy
+    of every C in cross-validation.
     """
     features = svm_features(train)
     chosen, accuracy = choose_C(features, labels, groups, config)
-    return fit_svm(features, labels, chosen).predict(svm_features(test)), chosen, accuracy
+    svm = fit_svm(features, labels, chosen)
+    decision = svm.decision_function(svm_features(test))
+    if decision.ndim == 1:  # of two classes it is the second one's alone
+        decision = np.stack([-decision, decision], axis=1)
+    scores = np.full(test[0].shape, -np.inf)
+    scores[:, svm.classes_] = decision
+    return scores, chosen, accuracy
 
 
-def fuse_runs(runs: Sequence[Path], config: FuseConfig) -> Results:
-    """Predictions of each stream, and of both fusions if there are two.
+# --- score files -------------------------------------------------------------------------------------------------
+
+
+def find_sources(folders: Sequence[Path]) -> list[Path]:
+    """Folders with test scores: each is one itself, or a run folder, which stands for its spatial and temporal ones.
+
+    Raises FileNotFoundError if there are none in a folder, ValueError if one is asked for twice.
+    """
+    found: list[Path] = []
+    for folder in folders:
+        streams = [folder] if score_file(folder, "test").exists() else [folder / stream for stream in STREAMS]
+        scored = [stream for stream in streams if score_file(stream, "test").exists()]
+        if not scored:
+            raise FileNotFoundError(
+                f"no scores in {folder}, {', '.join(map(str, streams))}: give folders of runs, or of their streams, "
+                "that `python -m train.evaluate RUN` has scored."
+            )
+        found += scored
+    resolved = [folder.resolve() for folder in found]
+    for number, folder in enumerate(resolved):
+        if folder in resolved[:number]:
+            raise ValueError(f"{found[number]} is given twice; give each source once, and --weights if it counts more.")
+    return found
+
+
+def name_sources(folders: Sequence[Path], streams: Sequence[str]) -> list[str]:
+    """Distinct names: the stream where only one source is of it, else as much of the folders' ends as tells them apart.
+
+    A/spatial, A/temporal                -> spatial, temporal
+    A/spatial, A/temporal, B/temporal    -> spatial, A/temporal, B/temporal
+    """
+    parts = [folder.resolve().parts for folder in folders]
+    names = []
+    for own, stream in zip(parts, streams, strict=True):
+        rivals = [other for other, s in zip(parts, streams, strict=True) if s == stream and other != own]
+        length = next(n for n in range(2, len(own) + 2) if all(other[-n:] != own[-n:] for other in rivals))
+        names.append("/".join(own[-length:]) if rivals else stream)
+    return names
+
+
+def make_titles(names: Sequence[str], streams: Sequence[str], weights: Sequence[float]) -> dict[str, str]:
+    """Method -> its name in the table: as in the paper's Table 3 if there is one source of each stream."""
+    own = {
+        name: TITLES[stream] + (f" ({name})" if name != stream else "")
+        for name, stream in zip(names, streams, strict=True)
+    }
+    usual = set(names) == set(STREAMS)
+    both = {
+        "average": TITLES["average"] if usual else f"Averaging of {len(names)}",
+        "svm": TITLES["svm"] if usual else f"SVM on {len(names)}",
+    }
+    if len(set(weights)) > 1:
+        both["average"] += f", weights {' : '.join(f'{weight:g}' for weight in weights)}"
+    return {**own, **both}
+
+
+def fuse_runs(folders: Sequence[Path], config: FuseConfig, weights: Sequence[float] | None = None) -> Results:
+    """Scores of each source, and if there are several those of their average and of the SVM.
 
     Args:
-        runs: one run folder, or two: the first with the spatial scores, the second with the temporal ones.
+        folders: of runs, each standing for all its streams, or of streams; any number from 1 on.
+        weights: of the sources in the average, positive, in the order of the table; equal by default. The SVM has none.
+    There is no SVM, and `Results.no_svm` says why, if a source lacks scores of the training videos.
     Raises FileNotFoundError if scores are missing, ValueError if they are not of the same videos.
     """
-    if len(runs) == 1:
-        paths = {stream: runs[0] for stream in STREAMS if scores_path(runs[0], stream, "test").exists()}
-        paths = paths or {"spatial": runs[0]}  # reading it reports what is missing
-    else:
-        paths = dict(zip(STREAMS, runs, strict=True))
-    test = [read_scores(scores_path(run, stream, "test")) for stream, run in paths.items()]
-    predicted = {scores.stream: scores.scores.argmax(1) for scores in test}
+    paths = find_sources(folders)
+    test = [read_scores(score_file(path, "test")) for path in paths]
+    streams = [scores.stream for scores in test]
+    names = name_sources(paths, streams)
+    check_aligned(dict(zip(names, test, strict=True)))
+    weights = [1.0] * len(paths) if weights is None else list(weights)
+    if len(weights) != len(paths) or not all(0 < weight < math.inf for weight in weights):
+        raise ValueError(f"weights {weights}: give one positive number for each of {', '.join(names)}.")
+    scores = {name: source.scores for name, source in zip(names, test, strict=True)}
     chosen: float | None = None
     accuracy: dict[float, float] = {}
-    if len(test) == 2:
-        train = [read_scores(scores_path(run, stream, "train")) for stream, run in paths.items()]
-        check_aligned(*test)
-        check_aligned(*train)
-        predicted["average"] = average([scores.scores for scores in test]).argmax(1)
-        groups = [source_group(str(video_id)) for video_id in train[0].video_ids]
-        predicted["svm"], chosen, accuracy = svm_predict(_values(train), train[0].labels, groups, _values(test), config)
+    no_svm = ""
+    if len(test) > 1:
+        scores["average"] = average(_values(test), weights)
+        train, no_svm = _training_scores(paths, names, test)
+        if not no_svm:
+            groups = [source_group(str(video_id)) for video_id in train[0].video_ids]
+            fitted = svm_scores(_values(train), train[0].labels, groups, _values(test), config)
+            scores["svm"], chosen, accuracy = fitted
     first = test[0]
     return Results(
         video_ids=first.video_ids.tolist(),
@@ -160,121 +207,68 @@ def fuse_runs(runs: Sequence[Path], config: FuseConfig) -> Results:
         classes=first.classes.tolist(),
         split_list=first.split_list,
         dataset=first.dataset,
-        predicted=predicted,
+        scores=scores,
+        titles=make_titles(names, streams, weights),
+        sources=[Source(*of) for of in zip(names, map(str, paths), [s.checkpoint for s in test], weights, strict=True)],
         svm_C=chosen,
         svm_accuracy=accuracy,
+        no_svm=no_svm,
     )
 
 
-def _values(streams: Sequence[Scores]) -> list[Floats]:
-    return [scores.scores for scores in streams]
+def _training_scores(paths: Sequence[Path], names: Sequence[str], test: Sequence[Scores]) -> tuple[list[Scores], str]:
+    """The sources' scores of the training videos; or none, and why."""
+    train = []
+    for path, name, scored in zip(paths, names, test, strict=True):
+        try:
+            train.append(read_scores(score_file(path, "train")))
+        except FileNotFoundError:
+            return [], f"{name} has no training scores; evaluate with eval.num_taus_train of at least 1."
+        if train[-1].checkpoint != scored.checkpoint:
+            return [], f"{name} has training scores of another checkpoint than its test scores; evaluate again."
+    try:
+        check_aligned(dict(zip(names, train, strict=True)))
+    except ValueError as error:  # the average of the test scores is as good without
+        return [], str(error)
+    return train, ""
 
 
-# --- the report --------------------------------------------------------------------------------------------------
+def _values(sources: Sequence[Scores]) -> list[Floats]:
+    return [source.scores for source in sources]
 
 
-def wilson_interval_pct(num_correct: int, num_videos: int) -> tuple[float, float]:
-    """95 % confidence interval of an accuracy, in percent (Wilson 1927); unlike the normal one right near 100 %."""
-    z = 1.959964
-    share = num_correct / num_videos
-    centre = share + z * z / (2 * num_videos)
-    spread = z * math.sqrt(share * (1 - share) / num_videos + z * z / (4 * num_videos**2))
-    scale = 100 / (1 + z * z / num_videos)
-    return max(0.0, scale * (centre - spread)), min(100.0, scale * (centre + spread))
+# --- the command -------------------------------------------------------------------------------------------------
 
 
-def confusion_matrix(labels: Ints, predicted: Ints, num_classes: int) -> Ints:
-    """Counts (K, K): row = true class, column = predicted class."""
-    counts = np.zeros((num_classes, num_classes), np.int64)
-    np.add.at(counts, (labels, predicted), 1)
-    return counts
+def run_of(folder: Path) -> Path:
+    """The run that a folder is, or belongs to: the nearest with a config.yaml. Raises ValueError if there is none."""
+    for run in (folder, *folder.absolute().parents[:2]):
+        if (run / "config.yaml").exists():
+            return run
+    raise ValueError(f"{folder} belongs to no run: neither it nor the folders around it have a config.yaml.")
 
 
-def per_class_recall(confusion: Ints) -> list[float | None]:
-    """Share of each class's videos that were recognised, in [0, 1]; None for a class without test videos."""
-    totals = confusion.sum(1)
-    return [float(confusion[k, k] / totals[k]) if totals[k] else None for k in range(len(confusion))]
-
-
-def summary(results: Results) -> dict[str, object]:
-    """Everything as plain values for results.json."""
-    methods = {}
-    for method, predicted in results.predicted.items():
-        num_correct = int((predicted == results.labels).sum())
-        confusion = confusion_matrix(results.labels, predicted, len(results.classes))
-        low, high = wilson_interval_pct(num_correct, len(results.labels))
-        methods[method] = {
-            "num_correct": num_correct,
-            "num_videos": len(results.labels),
-            "accuracy_pct": 100 * num_correct / len(results.labels),
-            "interval_95_pct": [low, high],
-            "per_class_recall": per_class_recall(confusion),
-            "confusion": confusion.tolist(),
-            "predicted": predicted.tolist(),
-        }
-    plain = {name: value for name, value in asdict(results).items() if name not in ("predicted", "labels")}
-    return {**plain, "labels": results.labels.tolist(), "methods": methods}
-
-
-def report(results: Results) -> str:
-    """The table in the manner of the paper's Table 3, and confusions and recalls of fusion by averaging.
-
-    Averaging has nothing fitted to it; with one stream alone they are that stream's.
-    """
-    lines = [f"{results.split_list}, {len(results.labels)} videos, {len(results.classes)} classes", ""]
-    lines.append(f"{'':34}  correct  accuracy  95 % interval")
-    for method, predicted in results.predicted.items():
-        title = TITLES[method] + (f" (C = {results.svm_C:g})" if method == "svm" else "")
-        num_correct, num_videos = int((predicted == results.labels).sum()), len(predicted)
-        low, high = wilson_interval_pct(num_correct, num_videos)
-        share = f"{num_correct}/{num_videos}"
-        lines.append(f"{title:34} {share:>8}  {100 * num_correct / num_videos:6.1f} %  {low:5.1f} to {high:.1f} %")
-    method = "average" if "average" in results.predicted else next(iter(results.predicted))
-    confusion = confusion_matrix(results.labels, results.predicted[method], len(results.classes))
-    return "\n".join([*lines, "", f"{TITLES[method]}:", *_confusion_lines(confusion, results.classes)])
-
-
-def _confusion_lines(confusion: Ints, classes: Sequence[str]) -> list[str]:
-    """Per-class recall, with the whole matrix for up to 12 classes, else the most frequent confusions."""
-    recalls = ["     -" if recall is None else f"{100 * recall:5.0f}%" for recall in per_class_recall(confusion)]
-    width = max(len(name) for name in classes)
-    if len(classes) <= 12:
-        width = max(width, len("true / predicted") - 4)
-        numbers = "".join(f"{k:>5}" for k in range(len(classes)))
-        lines = [f"{'true / predicted':>{width + 4}}{numbers}  recall"]
-        for k, name in enumerate(classes):
-            counts = "".join(f"{count:>5}" for count in confusion[k])
-            lines.append(f"{k:>3} {name:{width}}{counts}  {recalls[k]}")
-        return lines
-    lines = [f"{name:{width}}  {recall}" for name, recall in zip(classes, recalls, strict=True)]
-    errors = confusion - np.diag(np.diag(confusion))
-    worst = np.argsort(-errors, axis=None, kind="stable")[:10]
-    lines += ["", "most frequent confusions (true -> predicted):"]
-    for true, predicted in zip(*np.unravel_index(worst, errors.shape), strict=True):
-        if errors[true, predicted]:
-            lines.append(f"{errors[true, predicted]:>4}  {classes[true]} -> {classes[predicted]}")
-    return lines
-
-
-def write_results(results: Results, folder: Path) -> list[Path]:
-    """Write results.json and results.txt. Returns their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "results.json", summary(results))
-    write_bytes(folder / "results.txt", (report(results) + "\n").encode())
-    return [folder / "results.json", folder / "results.txt"]
+def default_out(folders: Sequence[Path], weights: Sequence[float] | None) -> Path:
+    """Where results go: the folder itself, for which its own fusion is meant; a folder within it for any other."""
+    others = [
+        str(folder.resolve().relative_to(run_of(folder).resolve().parent)).replace("/", "-") for folder in folders[1:]
+    ]
+    name = f"-with-{'-'.join(others)}" if others else ""
+    name += f"-weights-{'-'.join(f'{weight:g}' for weight in weights)}" if weights else ""
+    return folders[0] / f"fused{name}" if name else folders[0]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Command line: fuse the score files of one run, or the spatial ones of RUN with the temporal ones of RUN_B."""
-    parser = argparse.ArgumentParser(prog="python -m train.fuse", description="Fuse the streams' scores again.")
-    parser.add_argument("run", type=Path, help="run folder; of the spatial stream if there are two")
-    parser.add_argument("run_b", type=Path, nargs="?", help="run folder of the temporal stream")
-    parser.add_argument("--out", type=Path, help="folder for the results; default RUN, or RUN/fused-with-<RUN_B>")
+    """Command line: fuse the score files of any runs and streams."""
+    parser = argparse.ArgumentParser(prog="python -m train.fuse", description="Fuse scores again, or those of many.")
+    parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="of a run, or of a stream in one")
+    parser.add_argument("--weights", type=float, nargs="+", help="of each source in the average; default: equal")
+    parser.add_argument("--out", type=Path, help="folder for the results; default: FOLDER, or one in the first FOLDER")
     options = parser.parse_args(arguments)
-    runs = [options.run] if options.run_b is None else [options.run, options.run_b]
-    out = options.out or (options.run if len(runs) == 1 else options.run / f"fused-with-{options.run_b.resolve().name}")
     try:
-        results = fuse_runs(runs, read_config(options.run / "config.yaml").fuse)
+        config = read_config(run_of(options.folders[0]) / "config.yaml").fuse
+        out = options.out or default_out(options.folders, options.weights)
+        results = fuse_runs(options.folders, config, options.weights)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print(report(results))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -44,10 +45,15 @@ def write_scores(scores: Scores, path: Path) -> None:
     write_bytes(path, buffer.getvalue())
 
 
+def score_file(folder: Path, part: str) -> Path:
+    """Where a stream's folder keeps the scores of the "test" or "train" list."""
+    return folder / f"scores_{part}.npz"
+
+
 def read_scores(path: Path) -> Scores:
     """Raises FileNotFoundError if there is no such file, ValueError if it is not one of `write_scores`."""
     if not path.is_file():
-        raise FileNotFoundError(f"no scores at {path}: run `python -m train.evaluate {path.parent.parent}` first.")
+        raise FileNotFoundError(f"no scores at {path}: run `python -m train.evaluate RUN` on its run first.")
     try:
         with np.load(path, allow_pickle=False) as arrays:
             content = {part.name: arrays[part.name] for part in fields(Scores)}
@@ -56,13 +62,20 @@ def read_scores(path: Path) -> Scores:
     return Scores(**{name: value.item() if value.ndim == 0 else value for name, value in content.items()})
 
 
-def check_aligned(a: Scores, b: Scores) -> None:
-    """Raise ValueError unless both score the same videos, in the same order, of the same packed data set and list."""
-    for what in ("dataset", "split_list"):
-        if getattr(a, what) != getattr(b, what):
+def check_aligned(sources: Mapping[str, Scores]) -> None:
+    """Raise ValueError unless all score the same videos, in the same order, of the same packed data set and list."""
+    (first, a), *others = sources.items()
+    for name, b in others:
+        for what in ("dataset", "split_list"):
+            if getattr(a, what) != getattr(b, what):
+                raise ValueError(
+                    f"{first} scores are of {what} {getattr(a, what)}, {name} scores of {getattr(b, what)}; "
+                    "only scores of the same videos can be fused."
+                )
+        if not np.array_equal(a.classes, b.classes):
             raise ValueError(
-                f"{a.stream} scores are of {what} {getattr(a, what)}, {b.stream} scores of {getattr(b, what)}; "
-                "only scores of the same videos can be fused."
+                f"{first} scores are of {len(a.classes)} classes, {name} scores of {len(b.classes)} others; "
+                "only scores of the same classes can be fused."
             )
-    if not (np.array_equal(a.video_ids, b.video_ids) and np.array_equal(a.classes, b.classes)):
-        raise ValueError(f"{a.stream} and {b.stream} scores of {a.split_list} name different videos; evaluate again.")
+        if not np.array_equal(a.video_ids, b.video_ids):
+            raise ValueError(f"{first} and {name} scores of {a.split_list} name different videos; evaluate again.")
