@@ -1,0 +1,278 @@
+"""Every experiment of the paper: `python -m train.experiments list | run NAME ... | report`.
+
+    list                     the rows of tables 1a, 1b, 2, 3 and 4: config, the paper's value, ours if there is one
+    run table1b table3       runs what is not done yet of tables, single configs, or `all`
+    run all --scale full --gpus 4
+    report                   all tables beside the paper's, with intervals and figures, as Markdown and HTML
+
+`run` can be stopped and repeated: runs go on from their checkpoints, and each result is in the results file when its
+run ends. Two invocations at once share the work: a run that another process is at is left to it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from train.config import Config, to_flat
+from train.engine import CHECKPOINT
+from train.fuse import fuse_runs
+from train.page import plural
+from train.paper_report import list_rows, write_report
+from train.plan import (
+    Fused,
+    Run,
+    Setting,
+    beginning,
+    check_data,
+    digest,
+    folder,
+    launch_arguments,
+    plan,
+    run_config,
+    select_sources,
+    stream_of,
+    with_beginnings,
+)
+from train.provenance import describe
+from train.record import Book, Entry, add_to_book, correctness, list_of, locked, make_key, read_book, write_book
+from train.results import Results, write_results
+
+RESULTS = Path("docs/experiments")
+RECORD, OUTPUT = "record.json", "output.txt"
+WAIT_S = 5.0
+
+
+def results_path(scale: str) -> Path:
+    """The results file that is meant if none is named."""
+    return RESULTS / f"results_{scale}.json"
+
+
+# --- running -----------------------------------------------------------------------------------------------------
+
+
+def needed_runs(runs: Sequence[Run], fused: Sequence[Fused], book: Book, setting: Setting) -> list[Run]:
+    """Of the planned runs those to be done, in order: without a result, or with an unfinished part in one.
+
+    A run that others begin with, or a half of a fusion, is needed for its files, whatever the book has of it.
+    """
+    asked = {run for run in runs if not book.has(run.name, run.split, run.seed, digest(run, setting))}
+    asked |= {run for fusion in fused for run in fusion.runs}
+    needed = {part for run in asked for part in with_beginnings(run, setting)}
+    return [run for run in runs if run in needed]
+
+
+def is_finished(run: Run, setting: Setting) -> bool:
+    """Whether the run's folder holds all that a run leaves."""
+    return (folder(run, setting) / RECORD).exists()
+
+
+def run_needed(
+    needed: Sequence[Run], fused: Sequence[Fused], setting: Setting, gpus: int, results: Path
+) -> dict[Run | Fused, str]:
+    """Do the runs and the fusions, sharing them with other processes. Returns what failed, and why.
+
+    A run waits for the one that it begins with; while all that is left is in other processes' hands, this one waits.
+    """
+    failed: dict[Run | Fused, str] = {}
+    pending = list(needed)
+    while pending:
+        for run in pending:
+            first = beginning(run, setting)
+            if first in failed:
+                failed[run] = f"{first} failed"
+            elif first is not None and not is_finished(first, setting):
+                continue
+            elif (reason := try_run(run, setting, gpus, results)) is None:
+                continue
+            elif reason:
+                failed[run] = reason
+            pending.remove(run)
+            print(f"{run}: {failed.get(run, 'done')}; {plural(len(pending), 'run')} to go", flush=True)
+            break
+        else:
+            time.sleep(WAIT_S)
+        failed |= fuse_finished(fused, setting, results)
+    return failed
+
+
+def try_run(run: Run, setting: Setting, gpus: int, results: Path) -> str | None:
+    """Do a run and store its result, unless it is done. Returns why it failed, else ""; None if another is at it."""
+    path = folder(run, setting)
+    path.mkdir(parents=True, exist_ok=True)
+    with locked(path) as lock:
+        if lock is None:
+            return None
+        if not is_finished(run, setting):
+            resumed = any(path.glob(f"*/{CHECKPOINT}"))
+            started = time.monotonic()
+            arguments = ["--gpus", str(gpus), *launch_arguments(run, setting)]
+            if status := train(arguments, path / OUTPUT, lock):
+                return f"exit status {status}: {_last_line(path / OUTPUT)} (see {path / OUTPUT})"
+            seconds = time.monotonic() - started
+            write_book(book_of_run(run, setting, seconds=seconds, resumed=resumed, gpus=gpus), path / RECORD)
+        add_to_book(results, read_book(path / RECORD))
+    return ""
+
+
+def train(arguments: Sequence[str], output: Path, lock: int) -> int:
+    """train.launch in a process of its own, which holds the lock as long as it lives. Returns its exit status."""
+    command = [sys.executable, "-m", "train.launch", *arguments]
+    with (
+        open(output, "ab") as file,
+        subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, pass_fds=[lock]) as process,
+    ):
+        try:
+            return process.wait()
+        except BaseException:  # stopped: the run must not go on unseen
+            process.terminate()
+            raise
+
+
+def _last_line(path: Path) -> str:
+    return ([""] + path.read_text("utf-8", "replace").split("\n")[:-1])[-1]
+
+
+def fuse_finished(fused: Sequence[Fused], setting: Setting, results: Path) -> dict[Run | Fused, str]:
+    """Do the fusions of finished runs that have no result yet. Returns what failed, and why."""
+    failed: dict[Run | Fused, str] = {}
+    book = read_book(results, setting.scale)
+    for fusion in fused:
+        done = book.has(fusion.name, fusion.split, fusion.seed, digest(fusion, setting))
+        if done or not all(is_finished(run, setting) for run in fusion.runs):
+            continue
+        try:
+            book = add_to_book(results, book_of_fusion(fusion, setting))
+        except (ValueError, OSError) as error:
+            failed[fusion] = str(error)
+    return failed
+
+
+# --- results -----------------------------------------------------------------------------------------------------
+
+
+def book_of_run(run: Run, setting: Setting, *, seconds: float, resumed: bool, gpus: int) -> Book:
+    """The result of a finished run."""
+    config = run_config(run.config, setting)
+    stream = stream_of(config)
+    results = fuse_runs([folder(run, setting) / stream], config.fuse) if config.eval.num_taus else None
+    spent = {"steps": config.stream(stream).steps, "seconds": round(seconds, 1), "resumed": resumed, "gpus": gpus}
+    return _make_book(run, setting, results, stream, **spent)
+
+
+def book_of_fusion(fused: Fused, setting: Setting) -> Book:
+    """Fuse the two runs. Leaves results.json in the fusion's folder too. ValueError if there is no such fusion."""
+    started = time.monotonic()
+    config = run_config(fused.fusion.temporal, setting)
+    spatial, temporal = (folder(run, setting) for run in fused.runs)
+    results = fuse_runs([spatial / "spatial", temporal / "temporal"], config.fuse)
+    if fused.fusion.method not in results.scores:
+        raise ValueError(results.no_svm)
+    write_results(results, folder(fused, setting))
+    spent = {"steps": 0, "seconds": round(time.monotonic() - started, 1), "resumed": False, "gpus": 0}
+    return _make_book(fused, setting, results, fused.fusion.method, **spent)
+
+
+def _make_book(job: Run | Fused, setting: Setting, results: Results | None, method: str, **spent: Any) -> Book:
+    runs = [job] if isinstance(job, Run) else job.runs
+    configs = {digest(run, setting): without_places(run_config(run.config, setting)) for run in runs}
+    made_on = describe()
+    correct, top5 = correctness(results, method) if results else ("", "")
+    data = data_name(next(iter(configs.values()))["data.root"])
+    lists = list_of(results, data) if results else {}
+    entry = Entry(
+        name=job.name,
+        split=job.split,
+        seed=job.seed,
+        digest=digest(job, setting),
+        accuracy_pct=round(100 * correct.count("1") / len(correct), 2) if correct else None,
+        test_list=next(iter(lists), ""),
+        correct=correct,
+        top5=top5,
+        made_on=make_key(made_on),
+        **spent,
+    )
+    return Book(
+        scale=setting.scale, configs=configs, lists=lists, made_on={entry.made_on: made_on}, runs={entry.key: entry}
+    )
+
+
+def without_places(config: Config) -> dict[str, Any]:
+    """The config's values but for those that tell its runs apart."""
+    return {key: value for key, value in to_flat(config).items() if key not in ("data.split", "train.seed")}
+
+
+def data_name(root: str) -> str:
+    """data/ucf101/packed -> ucf101"""
+    return Path(root).parent.name or root
+
+
+# --- the command -------------------------------------------------------------------------------------------------
+
+
+def run(options: argparse.Namespace) -> None:
+    """Do what is not done yet. Exits with 1 if anything failed."""
+    setting = Setting(options.scale, options.data, options.runs, tuple(options.set))
+    results = options.results or results_path(options.scale)
+    runs, fused = plan(select_sources(options.names), options.seeds, options.splits, setting)
+    book = read_book(results, setting.scale)
+    fused = [f for f in fused if not book.has(f.name, f.split, f.seed, digest(f, setting))]
+    needed = needed_runs(runs, fused, book, setting)
+    check_data(needed, setting)
+    print(f"{plural(len(runs), 'run')}, {len(needed)} to do; results in {results}", flush=True)
+    if failed := run_needed(needed, fused, setting, options.gpus, results):
+        sys.exit("\n".join(["failed:", *(f"  {job}: {reason}" for job, reason in failed.items())]))
+
+
+def read_books(paths: Sequence[Path] | None) -> list[Book]:
+    """The results files of these names, or those that are there under the usual names, full scale first."""
+    usual = [path for scale in ("full", "mini") if (path := results_path(scale)).exists()]
+    return [read_book(path) for path in (usual if paths is None else paths)]
+
+
+def report(options: argparse.Namespace) -> None:
+    """Write the report of all results."""
+    setting = Setting(options.scale, options.data, options.runs)
+    for path in write_report(read_books(options.results), setting, options.out):
+        print(path)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m train.experiments", description="The experiments of the paper.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    lister = commands.add_parser("list", help="every row of the tables, the paper's value and ours")
+    lister.set_defaults(do=lambda options: print(list_rows(read_books(options.results))))
+    runner = commands.add_parser("run", help="run what is not done yet")
+    runner.set_defaults(do=run)
+    runner.add_argument("names", nargs="+", metavar="NAME", help="table1a, table1b, ..., all, or a config")
+    runner.add_argument("--gpus", type=int, default=0, help="GPUs of this machine to use; 0 (default): the CPU")
+    runner.add_argument("--seeds", type=int, default=1, help="runs of each row on each split, seeds 0, 1, ...")
+    runner.add_argument("--splits", type=int, nargs="+", help="default: the tables' at full scale, 1 2 3 at mini scale")
+    runner.add_argument("--results", type=Path, help="results file; default docs/experiments/results_SCALE.json")
+    runner.add_argument("--set", nargs="+", default=[], metavar="key=value", help="on top of every config, to try out")
+    reporter = commands.add_parser("report", help="all tables beside the paper's, as Markdown and HTML")
+    reporter.set_defaults(do=report)
+    reporter.add_argument("--out", type=Path, default=RESULTS, help="folder of the report (default %(default)s)")
+    for command in (lister, reporter):
+        command.add_argument("--results", type=Path, nargs="+", help="default: docs/experiments/results_*.json")
+    for command, help_scale in ((runner, "of the runs"), (reporter, "of the runs that figures are drawn of")):
+        command.add_argument("--scale", choices=("mini", "full"), default="mini", help=f"{help_scale} (default mini)")
+        command.add_argument("--data", type=Path, default=Setting.data, help="folder of the packed data sets")
+        command.add_argument("--runs", type=Path, default=Setting.runs, help="folder of the run folders")
+    options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: ends the run in work too
+    try:
+        options.do(options)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

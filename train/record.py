@@ -1,0 +1,171 @@
+"""The results file of the experiments: every run's and fusion's correctness by test video, and what made it.
+
+    scale      "mini" or "full"
+    configs    digest -> the resolved config, without split, seed and machine
+    lists      key -> {data, split_list, dataset, num_classes, video_ids}: a test list, stored once
+    made_on    key -> {machine, versions, commit}
+    runs       one Entry each, the newest last
+
+The report needs nothing else. Several processes may add to one file.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from flow.shard import write_json
+from train.plan import Scale
+from train.results import TOP, Results
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """What came of one run or fusion.
+
+    name: the config's, or the fusion's. digest: of the setting, see train.plan. correct, top5: a character of 0 and 1
+    for each video of the list, whether the class of the highest score, or one of the five highest, was the right one;
+    top5 is empty for five classes or fewer, and both are for a run without a test. test_list, made_on: keys in the
+    file. seconds: of the process that ended it; resumed: it had gone on from a checkpoint, and took longer in all.
+    """
+
+    name: str
+    split: int
+    seed: int
+    digest: str
+    steps: int
+    seconds: float
+    resumed: bool
+    gpus: int
+    accuracy_pct: float | None
+    test_list: str
+    correct: str
+    top5: str
+    made_on: str
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        return self.name, self.split, self.seed
+
+
+@dataclass(kw_only=True)
+class Book:
+    """Content of a results file, its runs by (name, split, seed)."""
+
+    scale: Scale
+    configs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    lists: dict[str, dict[str, Any]] = field(default_factory=dict)
+    made_on: dict[str, dict[str, Any]] = field(default_factory=dict)
+    runs: dict[tuple[str, int, int], Entry] = field(default_factory=dict)
+
+    def has(self, name: str, split: int, seed: int, digest: str) -> bool:
+        """Whether there is a result of this very setting."""
+        entry = self.runs.get((name, split, seed))
+        return entry is not None and entry.digest == digest
+
+    def update(self, other: Book) -> None:
+        """Take in what another book holds; it replaces results of the same name, split and seed."""
+        for part in ("configs", "lists", "made_on"):
+            getattr(self, part).update(getattr(other, part))
+        for key, entry in other.runs.items():
+            self.runs.pop(key, None)
+            self.runs[key] = entry  # last: the newest
+
+
+def correctness(results: Results, method: str) -> tuple[str, str]:
+    """(correct, top5) of a method, as in an Entry."""
+    scores, labels = results.scores[method], results.labels
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :TOP]
+    right = best == labels[:, None]
+    top5 = right.any(1) if scores.shape[1] > TOP else right[:, :0].any(1)[:0]
+    return _bits(right[:, 0]), _bits(top5)
+
+
+def _bits(right: npt.NDArray[np.bool_]) -> str:
+    return "".join("01"[value] for value in right.astype(int))
+
+
+def parse_bits(bits: str) -> npt.NDArray[np.float64]:
+    """ "0110" -> (4,) array of 0.0 and 1.0."""
+    return np.array([float(bit) for bit in bits])
+
+
+def list_of(results: Results, data: str) -> dict[str, dict[str, Any]]:
+    """The test list of results as a book keeps it: {key: description}. data: name of the data set."""
+    content = {
+        "data": data,
+        "split_list": results.split_list,
+        "dataset": results.dataset,
+        "num_classes": len(results.classes),
+        "video_ids": results.video_ids,
+    }
+    return {f"{data}/{results.split_list}/{results.dataset[:8]}": content}
+
+
+def make_key(content: Any) -> str:
+    """A short name for something that is stored once: it follows from the content."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+
+
+# --- the file ----------------------------------------------------------------------------------------------------
+
+
+def read_book(path: Path, scale: Scale | None = None) -> Book:
+    """Read a results file; with a scale, one that is not there yet is empty. ValueError if it is of another scale."""
+    if scale is not None and not path.exists():
+        return Book(scale=scale)
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        entries = [Entry(**row) for row in content.pop("runs")]
+        book = Book(**content, runs={entry.key: entry for entry in entries})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no results file of train.experiments ({error}); name another.") from error
+    if scale not in (None, book.scale):
+        raise ValueError(f"{path} holds results at scale {book.scale}, not {scale}; name another file by --results.")
+    return book
+
+
+def write_book(book: Book, path: Path) -> None:
+    """Store a book, atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {**asdict(book), "runs": [asdict(entry) for entry in book.runs.values()]})
+
+
+def add_to_book(path: Path, news: Book) -> Book:
+    """Merge new results into the file, which other processes may do at the same time. Returns what it holds now."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path.parent, wait=True):
+        book = read_book(path, news.scale)
+        book.update(news)
+        write_book(book, path)
+    return book
+
+
+@contextmanager
+def locked(folder: Path, *, wait: bool = False) -> Iterator[int | None]:
+    """Hold a folder for this process. Yields the lock's file descriptor, or None if another has it and `wait` is not.
+
+    A child that inherits the descriptor holds the lock as long as it lives. The lock is on the folder itself, and
+    leaves nothing in it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        os.close(descriptor)
+        yield None
+        return
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
