@@ -8,7 +8,7 @@ setup(
     description="Two-stream action recognition (Simonyan & Zisserman, NIPS 2014) built around a DALI loader",
     python_requires=">=3.11",
     packages=find_packages(include=["flow*", "loaders*", "nets*", "train*"]),
-    package_data={"train": ["configs/*.yaml"]},
+    package_data={"train": ["configs/*.yaml", "configs/*.txt"]},
     install_requires=[
         "numpy>=1.26,<3",
         "torch>=2.6,<3",

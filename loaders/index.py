@@ -181,8 +181,8 @@ def open_index(root: str | Path) -> Index:
         described = [(shard["name"], shard["bytes"]) for shard in shards]
     except FileNotFoundError:
         raise ValueError(
-            f"{root} is no packed data set: it has no dataset.json. Pack one with `python -m flow.pack`; if a pack was "
-            "stopped, run it again to finish."
+            f"{root} is no packed data set: it has no dataset.json. Pack one with `python -m flow.pack`, or images "
+            "with `python -m flow.images`; if a pack was stopped, run it again to finish."
         ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise ShardError(f"{root}/dataset.json is damaged: {error!r}. Pack the set again.") from None

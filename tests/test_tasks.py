@@ -197,7 +197,7 @@ def test_only_the_last_layer_learns_if_asked_for(packed, tmp_path):
 
 @pytest.mark.dist
 def test_a_run_of_two_tasks_is_the_same_on_two_processes(packed, other, tmp_path, capfd):
-    """With 1 of 8 samples from the second set the first process never sees it."""
+    """5 of 8 samples are of the first set, 3 of the second: the first process of two never sees the second set."""
     for num_procs in (1, 2):
         changes = dict(train__streams="[temporal]", temporal__steps=6, eval__num_taus=2, eval__num_taus_train=0)
         shares = dict(temporal__extra_roots=f"[{other}]", temporal__extra_lists="[split1_train]")

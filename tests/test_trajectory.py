@@ -154,8 +154,8 @@ def test_the_motion_of_a_generated_video_is_followed(turning):
 
 
 @pytest.fixture(scope="module")
-def moderate(tmp_path_factory):
-    """A packed set whose motion is smooth and has a direction: crops reach far to one side, and never everywhere."""
+def motions():
+    """Videos whose motion is smooth and has a direction: crops reach far to one side, and never everywhere."""
     rng = np.random.default_rng(4)
     frames = np.zeros((14, HEIGHT, WIDTH, 3), np.uint8)
 
@@ -163,8 +163,41 @@ def moderate(tmp_path_factory):
         waves = [[smooth_noise(rng, (HEIGHT, WIDTH), 0.5) for _ in range(2)] for _ in range(13)]
         return (np.array(waves) + np.array([1.5, -1.0])[:, None, None]).astype(np.float32)
 
-    videos = {"a/1": (frames, fields(), fields()), "b/1": (frames, fields(), fields())}
-    return pack_arrays(tmp_path_factory.mktemp("moderate") / "set", videos)
+    return {"a/1": (frames, fields(), fields()), "b/1": (frames, fields(), fields())}
+
+
+@pytest.fixture(scope="module")
+def moderate(tmp_path_factory, motions):
+    """A packed set of `motions`."""
+    return pack_arrays(tmp_path_factory.mktemp("moderate") / "set", motions)
+
+
+@pytest.mark.parametrize("subtract_mean", [False, True])
+@pytest.mark.parametrize("stacking", ["flow", "trajectory"])
+@pytest.mark.parametrize(("L", "bidirectional"), [(1, False), (6, False), (2, True), (6, True)])
+def test_every_temporal_input_is_the_oracles(moderate, motions, L, stacking, bidirectional, subtract_mean):
+    """Against flow.fields on the arrays that were packed; what remains is the error of the codec."""
+    spec = StreamSpec(
+        stream="temporal", L=L, crop_px=40, stacking=stacking, bidirectional=bidirectional, subtract_mean=subtract_mean
+    )
+    batch = one_batch(moderate, spec, batch_size=16)
+    stack = {"flow": oracle.stack_fields, "trajectory": oracle.stack_trajectories}[stacking]
+    assert batch.draw.mirror.any() and not batch.draw.mirror.all()
+    for i, video_id in enumerate(open_index(moderate).video_ids(batch.draw.video)):
+        _, forward, backward = motions[video_id]
+        tau = int(batch.draw.tau[i])
+        if bidirectional:
+            whole = oracle.stack_bidirectional(forward, backward, tau, L, stack)
+            used = [*forward[tau : tau + L // 2], *backward[tau - L // 2 : tau][::-1]]
+        else:
+            whole, used = stack(forward, tau, L), forward[tau : tau + L]
+        if subtract_mean:
+            whole = whole - np.concatenate([oracle.field_mean(field) for field in used])[:, None, None]
+        y, x = batch.draw.crop[i]
+        fields = whole[:, y : y + 40, x : x + 40].reshape(L, 2, 40, 40)
+        expected = np.stack([oracle.mirror_field(field) if batch.draw.mirror[i] else field for field in fields])
+        error = np.abs(batch.inputs[i].numpy() / FLOW_SCALE - expected.reshape(2 * L, 40, 40))
+        assert error.mean() < 0.02 and error.max() < 0.2, (video_id, tau)
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])

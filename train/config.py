@@ -35,7 +35,7 @@ class DataConfig:
     """Which samples, and what becomes of them on their way to the net."""
 
     root: str = "demo/packed"
-    """Folder of a packed data set, made by `python -m flow.pack`."""
+    """Folder of a packed data set, made by `python -m flow.pack`, or of images by `python -m flow.images`."""
     split: str = "split1"
     """Official split: trains on splits/<split>_train.txt, tests on splits/<split>_test.txt."""
     train_list: str = ""
@@ -289,7 +289,12 @@ def _find_config(name_or_file: str | Path) -> Path:
         return path
     path = CONFIG_FOLDER / f"{name_or_file}.yaml"
     names = sorted(known.stem for known in CONFIG_FOLDER.glob("*.yaml"))
-    _require(path.is_file(), f"unknown config {name_or_file!r}; known: {', '.join(names)}, or a path to a .yaml file.")
+    nearest = difflib.get_close_matches(str(name_or_file), names, n=1, cutoff=0.0)[0]
+    _require(
+        path.is_file(),
+        f"unknown config {name_or_file!r}; the nearest is {nearest!r}; known: {', '.join(names)}, or a path to a "
+        ".yaml file.",
+    )
     return path
 
 
