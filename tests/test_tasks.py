@@ -12,6 +12,7 @@ from loaders.batch import StreamSpec
 from loaders.index import open_index
 from loaders.joint import JointLoader, Part, part_slots, share_batch
 from tests.conftest import pack_arrays, random_video
+from tests.test_engine import ALONE
 from tests.tiny import tiny_config, tiny_overrides
 from train import launch as train_launch
 from train.checkpoint import load_checkpoint
@@ -21,7 +22,6 @@ from train.log import read_log
 from train.model import build_net, start_from
 from train.scores import read_scores
 from train.tasks import batch_shares, open_tasks, tasks_loss
-from tests.test_engine import ALONE
 
 SPEC = StreamSpec(stream="temporal", L=3, crop_px=48)
 
