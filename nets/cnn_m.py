@@ -184,7 +184,7 @@ class CNNM(nn.Module):
         if self.training and masks is None and self.dropout:
             raise ValueError("a training pass needs dropout masks: pass draw_masks(seed, step, ...), or call eval().")
         if self.num_frames > 1:
-            inputs = inputs.unflatten(1, (self.num_frames, -1)).flatten(0, 1)  # (N * num_frames, 3, ...)
+            inputs = torch.cat(inputs.chunk(self.num_frames, dim=1))  # (num_frames * N, 3, ...), frame after frame
         x = self.features(inputs).flatten(1)  # (N, c3 * output_px ** 2)
         x = F.relu(self.full6(x))
         x = x if masks is None else x * masks[0]

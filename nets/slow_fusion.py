@@ -25,8 +25,9 @@ NUM_FRAMES = 11
 class MergeFrames(nn.Module):
     """Puts the time steps that a convolution sees at once side by side, as channels of one image.
 
-    (N * num_steps, C, H, W) -> (N * num_merged, extent * C, H, W). With a convolution of extent * C channels behind it,
-    that is a convolution in space and time, by 2-D kernels, which are the fast ones.
+    (num_steps * N, C, H, W) -> (num_merged * N, extent * C, H, W), time step after time step. With a convolution of
+    extent * C channels behind it, that is a convolution in space and time, by 2-D kernels, which are the fast ones; with
+    time outermost, what is put together lies in one piece, in any memory format.
     """
 
     def __init__(self, num_steps: int, extent: int, stride: int) -> None:
@@ -35,11 +36,9 @@ class MergeFrames(nn.Module):
         self.num_merged = (num_steps - extent) // stride + 1
 
     def forward(self, x: Tensor) -> Tensor:
-        steps = x.unflatten(0, (-1, self.num_steps))  # (N, num_steps, C, H, W)
-        merged = [
-            steps[:, at : at + self.extent].flatten(1, 2) for at in range(0, self.num_merged * self.stride, self.stride)
-        ]
-        return torch.stack(merged, dim=1).flatten(0, 1)
+        steps = x.chunk(self.num_steps)
+        begins = range(0, self.num_merged * self.stride, self.stride)
+        return torch.cat([torch.cat(steps[begin : begin + self.extent], dim=1) for begin in begins])
 
 
 def merge_layers(num_frames: int) -> list[nn.Module]:
