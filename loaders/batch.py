@@ -137,7 +137,8 @@ class Batch:
 
     inputs  (n, C, crop, crop) float32 on the device: normalised RGB, or px/frame * FLOW_SCALE
     labels  (n,) int64 on the device
-    draw    what was drawn: video, tau, crop, mirror, ... of each sample; a test batch is one of the ten views of it
+    draw    what was drawn: video, tau, crop, mirror, ... of each sample; a test batch is one of the ten views of it.
+            With several data sets video is a row of the sample's own set, whose samples follow those of the set before
     task    (n,) int64 on the device: which softmax layer and loss each sample is for; 0 where there is one
     """
 

@@ -118,9 +118,10 @@ def population(index: Index, rows: Ints, spec: StreamSpec) -> Population:
     check_crop(index, rows, spec)
     long_enough = rows[index.num_frames[rows] >= spec.frames_needed]
     if not len(long_enough):
+        steps = f"L={spec.L}" if spec.is_temporal else f"rgb_frames={spec.rgb_frames}"
         raise ValueError(
             f"None of {len(rows)} training videos has the {spec.frames_needed} frames that {spec.stream} samples with "
-            f"L={spec.L} need. Lower L or give longer videos."
+            f"{steps} need. Take fewer, or longer videos."
         )
     by_class = long_enough[np.lexsort((long_enough, index.labels[long_enough]))]
     _, counts = np.unique(index.labels[by_class], return_counts=True)

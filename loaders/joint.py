@@ -9,6 +9,7 @@ global batches is the same for any number of ranks, and a function of (seed, ste
 """
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -29,18 +30,20 @@ def share_batch(weights: Sequence[float], batch_size: int, unit: int = 1) -> lis
 
         weights = 101, 51, batch_size = 256      170, 86
 
-    The largest remainders get what is left. Raises ValueError if the batch has no unit for each data set.
+    Rounded to the nearest. Raises ValueError if the batch has no unit for each data set.
     """
-    num_units = batch_size // unit
-    if num_units < len(weights) or min(weights) <= 0:
+    num_units, count = batch_size // unit, len(weights)
+    if num_units < count or min(weights) <= 0:
         raise ValueError(
             f"A global batch of {batch_size} cannot hold {unit} or more samples of each of {len(weights)} data sets "
             f"with weights {list(weights)}. Take a larger batch_size."
         )
-    exact = np.array(weights, np.float64) / sum(weights) * (num_units - len(weights))
-    shares = np.floor(exact).astype(np.int64) + 1
-    order = np.argsort(-(exact - np.floor(exact)), kind="stable")
-    shares[order[: num_units - shares.sum()]] += 1
+    exact = np.array(weights, np.float64) / sum(weights) * num_units
+    shares = np.maximum(np.floor(exact).astype(np.int64), 1)
+    while shares.sum() != num_units:  # give to, or take from, whoever is farthest from its exact share
+        surplus = shares.sum() > num_units
+        far = np.where(shares > 1, shares - exact, -np.inf) if surplus else exact - shares
+        shares[int(far.argmax())] += -1 if surplus else 1
     return (shares * unit).tolist()
 
 
@@ -67,10 +70,14 @@ class Part:
 
 
 class JointLoader:
-    """Training batches put together from those of several loaders. Iterates over Batch; close it as any loader."""
+    """Training batches put together from those of several loaders. Iterates over Batch; close it as any loader.
 
-    def __init__(self, parts: Sequence[Part]):
+    opened: closes the loaders.
+    """
+
+    def __init__(self, parts: Sequence[Part], opened: ExitStack):
         self._parts = list(parts)
+        self._opened = opened
 
     def __iter__(self) -> Self:
         return self
@@ -89,8 +96,7 @@ class JointLoader:
         )
 
     def close(self) -> None:
-        for part in self._parts:
-            part.loader.close()
+        self._opened.close()
 
     def __enter__(self) -> Self:
         return self

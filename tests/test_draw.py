@@ -107,7 +107,8 @@ def test_a_bidirectional_stack_stands_around_its_middle_frame(index):
     for row in videos.rows:
         taus = np.concatenate([draw.tau[draw.video == row] for draw in draws])
         last_frame = index.num_frames[row] - 1
-        assert taus.min() == 2 and taus.max() == last_frame - 2 or last_frame > 40
+        if last_frame < 40:  # so often drawn that each start is there
+            assert taus.min() == 2 and taus.max() == last_frame - 2
     assert all((draw.tau >= 2).all() and (draw.tau <= index.num_frames[draw.video] - 3).all() for draw in draws)
 
 

@@ -35,7 +35,7 @@ def describe(spec):
 def tolerance(spec, device):
     """In codes. Along a trajectory small differences grow: its next point depends on the last sample."""
     exact = 2.01 if device == "cuda" else 1e-3
-    return 20 * exact if spec.follows_trajectories else exact
+    return 20 * exact if spec.follows_trajectories else exact  # test_trajectory compares the following itself
 
 
 def take(loader, n):

@@ -5,10 +5,11 @@ import re
 import pytest
 import torch
 
+from loaders.batch import StreamSpec
 from loaders.views import VIEWS
 from train import tables
 from train.config import CONFIG_FOLDER, resolve_config, to_flat
-from train.model import build_net
+from train.model import build_net, stream_spec
 from train.tasks import read_class_list
 
 UCF, HMDB, IMAGENET = "data/ucf101/packed", "data/hmdb51/packed", "data/imagenet/packed"
@@ -75,6 +76,15 @@ PAPER = {
     "ucf101_all": temporal(common={"data.train_list": "all", "eval.num_taus": 0}),
     "hmdb51_spatial_last": spatial(HMDB, **LAST, dropout=0.5),
 }
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_samples_of_every_config_are_the_papers(name):
+    """What the loader is asked for, which tells rows of Table 1b apart that have nets of the same shape."""
+    stream, common, _ = PAPER[name]
+    keys = ("crop_px", "L", "stacking", "bidirectional", "rgb_frames", "subtract_mean", "color_jitter", "random_mirror")
+    expected = StreamSpec(stream=stream, **{key: common[f"data.{key}"] for key in keys})
+    assert stream_spec(resolve_config(name), stream) == expected
 
 
 @pytest.mark.parametrize("name", PAPER)

@@ -1,6 +1,7 @@
 """Several data sets: how a batch is shared, which outputs are whose, the loss, and whole runs."""
 
 import json
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from tests.conftest import pack_arrays, random_video
 from tests.test_engine import ALONE
 from tests.tiny import tiny_config, tiny_overrides
 from train import launch as train_launch
-from train.checkpoint import load_checkpoint
+from train.checkpoint import load_checkpoint, save_checkpoint
 from train.engine import check_stream, train_stream
 from train.evaluate import scores_path
 from train.log import read_log
@@ -34,6 +35,7 @@ def other(tmp_path_factory):
     splits = {
         "split1_train": [video_id for video_id in videos if not video_id.endswith("2")],
         "split1_test": [video_id for video_id in videos if video_id.endswith("2")],
+        "few": ["climb/0", "sit/1"],
     }
     return pack_arrays(tmp_path_factory.mktemp("other") / "set", videos, splits=splits)
 
@@ -49,6 +51,9 @@ def test_shares_are_in_proportion_and_whole():
     assert share_batch([101, 51], 256) == [170, 86]
     assert share_batch([1, 1, 1], 256) == [86, 85, 85]
     assert share_batch([1000, 1], 8) == [7, 1]  # nobody is left out
+    assert share_batch([1000, 1, 1], 4) == [2, 1, 1]
+    assert share_batch([101, 51], 256, 16) == [176, 80]
+    assert share_batch([7.5, 0.5, 2, 2], 64) == [40, 3, 11, 10]
     for weights in ([3, 5], [1, 2, 4], [7.5, 0.5, 2, 2]):
         for unit in (1, 4):
             shares = share_batch(weights, 64, unit)
@@ -69,10 +74,10 @@ def test_the_ranks_slots_make_up_every_share_once(world_size):
         assert slots[0][1] == (0, 0) and slots[2][0] == (5, 5)  # a rank without samples of a set
 
 
-@pytest.mark.parametrize(("share", "expected"), [("classes", [5, 3]), ("videos", [5, 3]), ("equal", [4, 4])])
+@pytest.mark.parametrize(("share", "expected"), [("classes", [5, 3]), ("videos", [6, 2]), ("equal", [4, 4])])
 def test_a_batch_is_shared_by_classes_videos_or_equally(packed, other, share, expected):
-    """3 and 2 classes; 6 and 4 training videos."""
-    config = with_other(packed, other, temporal__batch_share=share)
+    """3 and 2 classes; 6 and 2 training videos."""
+    config = with_other(packed, other, "few", temporal__batch_share=share)
     tasks = open_tasks(config, "temporal", open_index(packed))
     assert batch_shares(tasks, config, "temporal", SPEC) == expected
 
@@ -84,12 +89,10 @@ def test_a_joint_batch_holds_each_sets_own_batches(packed, other):
         rows = index.split("split1_train")
         return dali_loader.train_loader(index, rows, SPEC, seed=seed, batch_size=8, slots=slots)
 
-    with JointLoader(
-        [
-            Part(loader(first, 1, (2, 7)), 0, np.arange(3)),
-            Part(loader(second, 2, (0, 3)), 1, np.array([5, 9])),
-        ]
-    ) as joint:
+    opened = ExitStack()
+    loaders = [opened.enter_context(loader(*of)) for of in ((first, 1, (2, 7)), (second, 2, (0, 3)))]
+    parts = [Part(loaders[0], 0, np.arange(3)), Part(loaders[1], 1, np.array([5, 9]))]
+    with JointLoader(parts, opened) as joint:
         batches = [next(joint) for _ in range(3)]
     with loader(first, 1, (0, 8)) as one, loader(second, 2, (0, 8)) as two:
         for batch in batches:
@@ -143,9 +146,25 @@ def test_added_classes_follow_the_sets_own(packed, other, tmp_path):
 
 def test_test_videos_are_not_trained_on(packed):
     config = tiny_config(packed, data__train_list="all")
-    with pytest.raises(ValueError, match="6 videos of split1_test, as .*, stand in the training list 'all' too"):
+    with pytest.raises(ValueError, match="6 videos of split1_test, as .*, are trained on too, in .*: that is no test"):
         check_stream(config, "temporal", open_index(packed), 1)
-    check_stream(tiny_config(packed, data__train_list="all", eval__num_taus=0), "temporal", open_index(packed), 1)
+    untested = tiny_config(packed, data__train_list="all", eval__num_taus=0, eval__num_taus_train=0)
+    check_stream(untested, "temporal", open_index(packed), 1)
+
+
+@pytest.mark.parametrize("extra_as", ["tasks", "classes"])
+def test_test_videos_do_not_come_back_in_another_set(other, tmp_path, extra_as):
+    """The set itself, or the same videos in other shards."""
+    rng = np.random.default_rng(5)
+    videos = {f"{name}/{i}": random_video(rng, 8, 64, 70) for name in ("climb", "sit") for i in range(3)}
+    again = pack_arrays(tmp_path / "again", videos)
+    for extra in (other, again):
+        config = with_other(other, extra, "all", temporal__extra_as=extra_as)
+        with pytest.raises(ValueError, match="2 videos of split1_test, as climb/2, are trained on too, in"):
+            check_stream(config, "temporal", open_index(other), 1)
+    check_stream(
+        with_other(other, other, "split1_train", temporal__extra_as=extra_as), "temporal", open_index(other), 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -178,6 +197,37 @@ def test_a_net_begins_with_anothers_trunk_and_its_own_last_layer(packed, other, 
     wider = tiny_config(packed, data__L=5, temporal__init=str(path))
     with pytest.raises(ValueError, match=r"features.conv1.weight has shape \(3, 6, 7, 7\) there and \(3, 10, 7, 7\)"):
         check_stream(wider, "temporal", open_index(packed), 1)
+
+
+def test_a_net_that_has_seen_the_test_or_is_unfinished_is_no_beginning(other, tmp_path):
+    untested = {"eval__num_taus": 0, "eval__num_taus_train": 0}
+    seen = tiny_config(other, data__train_list="all", temporal__steps=2, **untested)
+    train_stream(seen, "temporal", open_index(other), tmp_path / "seen", ALONE)
+    config = tiny_config(other, temporal__init=tmp_path / "seen" / "checkpoint.pt")
+    with pytest.raises(ValueError, match="2 videos of split1_test, as climb/2, are trained on too"):
+        check_stream(config, "temporal", open_index(other), 1)
+    check_stream(config, "temporal", open_index(other), 1, folder=tmp_path / "seen")  # goes on from its own weights
+
+    path = tmp_path / "seen" / "checkpoint.pt"
+    checkpoint = load_checkpoint(path)
+    checkpoint.config["temporal.steps"] = 7
+    save_checkpoint(checkpoint, path)
+    with pytest.raises(ValueError, match="init=.* was stopped at step 2 of 7; finish that run first"):
+        check_stream(config, "temporal", open_index(other), 1)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="init=.*: no such checkpoint. Run the config that makes it"):
+        check_stream(config, "temporal", open_index(other), 1)
+
+
+def test_another_choice_of_added_classes_is_another_run(packed, other, tmp_path):
+    names = tmp_path / "some.txt"
+    names.write_text("climb\n")
+    changes = dict(temporal__extra_as="classes", temporal__extra_classes=str(names), temporal__steps=2)
+    config = with_other(packed, other, "all", **changes)
+    train_stream(config, "temporal", open_index(packed), tmp_path / "run", ALONE)
+    names.write_text("sit\n")
+    with pytest.raises(ValueError, match="was trained on data set .*, not on .*, which data.root and extra_roots hold"):
+        train_stream(config, "temporal", open_index(packed), tmp_path / "run", ALONE)
 
 
 def test_only_the_last_layer_learns_if_asked_for(packed, tmp_path):

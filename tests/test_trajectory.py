@@ -13,10 +13,12 @@ from loaders import dali_loader
 from loaders.batch import FLOW_SCALE, StreamSpec
 from loaders.draw import Draw
 from loaders.index import open_index
-from loaders.region import reachable, whole_frames
+from loaders.region import Region, reachable, whole_frames
+from loaders.trajectory import follow
 from tests.conftest import pack_arrays, smooth_noise
 
 HEIGHT, WIDTH, L = 96, 128, 8
+FRAME = np.array([[HEIGHT, WIDTH]] * 3)
 ANGLE = 0.03  # radians a frame
 CENTRE = np.array([WIDTH / 2, HEIGHT / 2])[:, None, None]
 
@@ -198,6 +200,24 @@ def test_every_temporal_input_is_the_oracles(moderate, motions, L, stacking, bid
         expected = np.stack([oracle.mirror_field(field) if batch.draw.mirror[i] else field for field in fields])
         error = np.abs(batch.inputs[i].numpy() / FLOW_SCALE - expected.reshape(2 * L, 40, 40))
         assert error.mean() < 0.02 and error.max() < 0.2, (video_id, tau)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_following_is_the_oracles_on_every_device(motions, device):
+    """From the same fields, so that no decoder's difference stands between: a region that is off by a pixel shows."""
+    fields = motions["a/1"][1][:6]
+    spec = StreamSpec(stream="temporal", L=6, crop_px=40, stacking="trajectory")
+    whole = oracle.stack_trajectories(fields, 0, 6)
+    start = np.array([[3, 70], [50, 0], [20, 40]])
+    region = Region(np.array([[0, 10], [25, 0], [0, 0]]), np.array([[96, 118], [71, 128], [96, 128]]), FRAME)
+    padded = np.zeros((3, 6, 2, HEIGHT, WIDTH), np.float32)
+    for sample, (y, x), (height, width) in zip(padded, region.start, region.size, strict=True):
+        sample[..., :height, :width] = fields[..., y : y + height, x : x + width]
+    decoded = torch.from_numpy(padded.reshape(3, 12, HEIGHT, WIDTH)).to(device)
+    found = follow(decoded, start, (40, 40), np.array([False, True, False]), region, spec).cpu().numpy()
+    for i, (y, x) in enumerate(start):
+        expected = whole[:, y : y + 40, x : x + 40]
+        np.testing.assert_allclose(found[i], expected[:, :, ::-1] if i == 1 else expected, atol=2e-3)
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])

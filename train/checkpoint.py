@@ -64,7 +64,7 @@ def load_checkpoint(path: Path, *, dataset: str | None = None) -> Checkpoint:
     checkpoint = Checkpoint(**{name: state[name] for name in _FIELDS})
     if dataset is not None and checkpoint.dataset != dataset:
         raise ValueError(
-            f"{path} was trained on data set {checkpoint.dataset}, not on {dataset}, which data.root holds now; "
-            "put the old data set back or start another run."
+            f"{path} was trained on data set {checkpoint.dataset}, not on {dataset}, which data.root and extra_roots "
+            "hold now; put the old data set back or start another run."
         )
     return checkpoint

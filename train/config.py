@@ -190,6 +190,11 @@ class EvalConfig:
     def __post_init__(self) -> None:
         for name, least in (("num_taus", 0), ("num_taus_train", 0), ("batch_size", 1)):
             _require(getattr(self, name) >= least, f"eval.{name}={getattr(self, name)} must be at least {least}.")
+        _require(
+            self.num_taus > 0 or self.num_taus_train == 0,
+            f"eval.num_taus=0 with eval.num_taus_train={self.num_taus_train}: training videos are scored for an SVM, "
+            "which needs a test; set both to 0.",
+        )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -278,8 +283,10 @@ def differing_keys(stored: Config, asked: Config) -> list[str]:
 
 
 def short_hash(config: Config) -> str:
-    """Eight hexadecimal digits that depend on every value of the config."""
-    return hashlib.sha256(repr(sorted(to_flat(config).items())).encode()).hexdigest()[:8]
+    """Eight hexadecimal digits of all values that are not the defaults, so that a new key changes nothing."""
+    default = to_flat(Config())
+    own = sorted((key, value) for key, value in to_flat(config).items() if value != default[key])
+    return hashlib.sha256(repr(own).encode()).hexdigest()[:8]
 
 
 def _find_config(name_or_file: str | Path) -> Path:

@@ -6,7 +6,7 @@ import importlib
 import logging
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,13 @@ from loaders.joint import JointLoader, Part, part_slots
 from loaders.source import Source
 from nets.cnn_m import CNNM, output_px
 from train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from train.config import Config, to_flat
+from train.config import Config, from_flat, to_flat
 from train.dist import World
 from train.log import TrainLog
 from train.meter import GpuTimeline, Meter
 from train.model import LAST_LAYER, build_net, build_optimizer, check_init, compute_logits, start_from, stream_spec
 from train.schedule import learning_rate
-from train.tasks import Tasks, batch_shares, open_tasks, samples_of_tasks, tasks_loss
+from train.tasks import Tasks, batch_shares, check_untouched, open_tasks, samples_of_tasks, tasks_loss
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +56,11 @@ def loader_options(config: Config, world: World) -> dict[str, Any]:
     }
 
 
-def check_stream(config: Config, stream: str, index: Index, world_size: int) -> None:
-    """Raise ValueError if the packed set cannot give the stream what the config asks for, or not to so many ranks."""
+def check_stream(config: Config, stream: str, index: Index, world_size: int, folder: Path | None = None) -> None:
+    """Raise ValueError if the packed set cannot give the stream what the config asks for, or not to so many ranks.
+
+    folder: the stream's, whose checkpoint, if it has one, training goes on from.
+    """
     spec = stream_spec(config, stream)
     check_batch_size(config.train.batch_size, world_size, spec)
     output_px(spec.crop_px)
@@ -67,9 +70,24 @@ def check_stream(config: Config, stream: str, index: Index, world_size: int) -> 
         if data.test_list:
             check_crop(data.index, data.index.split(data.test_list), spec)
     batch_shares(tasks, config, stream, spec)
-    if init := config.stream(stream).init:
-        net = build_net(config, stream, sum(tasks.num_outputs), torch.device("meta"))
-        check_init(net, load_checkpoint(Path(init)), init)
+    init = config.stream(stream).init
+    if init and not (folder and (folder / CHECKPOINT).exists()):
+        if not Path(init).is_file():
+            raise FileNotFoundError(f"init={init}: no such checkpoint. Run the config that makes it, or name another.")
+        checkpoint = load_checkpoint(Path(init))
+        check_init(build_net(config, stream, sum(tasks.num_outputs), torch.device("meta")), checkpoint, init)
+        _check_trained_on(checkpoint, tasks)
+
+
+def _check_trained_on(checkpoint: Checkpoint, tasks: Tasks) -> None:
+    """Raise ValueError if a net to begin with was trained on videos that are to be tested on."""
+    config = from_flat(checkpoint.config)
+    options = config.stream(checkpoint.stream)
+    lists = [config.data.train_list or f"{config.data.split}_train", *options.extra_lists]
+    for dataset, name in zip(checkpoint.dataset.split("+"), lists, strict=True):
+        for data in tasks.sets:
+            if data.test_list and data.index.fingerprint == dataset.partition("/")[0]:
+                check_untouched(data, data.index, data.index.split(name))
 
 
 def train_stream(config: Config, stream: str, index: Index, folder: Path, world: World) -> None:
@@ -82,7 +100,7 @@ def train_stream(config: Config, stream: str, index: Index, folder: Path, world:
     train, schedule = config.train, config.stream(stream)
     tasks = open_tasks(config, stream, index)
     shares = batch_shares(tasks, config, stream, stream_spec(config, stream))
-    net = _begin(config, stream, tasks, world)
+    net = _begin(config, stream, tasks, world, resumed=(folder / CHECKPOINT).exists())
     optimizer = build_optimizer(net, config)
     start_step = _restore(net, optimizer, folder / CHECKPOINT, tasks)
     compute_loss = _loss_of(tasks, shares, world)
@@ -136,11 +154,11 @@ def _loss_of(tasks: Tasks, shares: Sequence[int], world: World) -> Callable[[Ten
     )
 
 
-def _begin(config: Config, stream: str, tasks: Tasks, world: World) -> CNNM:
-    """The net before its first update."""
+def _begin(config: Config, stream: str, tasks: Tasks, world: World, *, resumed: bool) -> CNNM:
+    """The net before its first update; a resumed run's own weights come later."""
     options = config.stream(stream)
     net = build_net(config, stream, sum(tasks.num_outputs), world.device)
-    if options.init:
+    if options.init and not resumed:
         start_from(net, options.init)
     if options.train_layers == "last":
         for name, parameter in net.named_parameters():
@@ -193,11 +211,13 @@ def _train_loader(
         del options["rank"], options["world_size"]
         parts = []
         slots = part_slots(shares, world.rank, world.world_size)
-        for number, (data, share, own) in enumerate(zip(tasks.sets, shares, slots, strict=True)):
-            if own[0] < own[1]:  # this rank has samples of the set
-                drawn = {"seed": seed + number * SEEDS_APART, "batch_size": share, "slots": own}
-                parts.append(Part(make(data.index, data.rows, spec, **drawn, **options), data.task, data.label_map))
-        loader = JointLoader(parts)
+        with ExitStack() as opened:
+            for number, (data, share, own) in enumerate(zip(tasks.sets, shares, slots, strict=True)):
+                if own[0] < own[1]:  # this rank has samples of the set
+                    drawn = {"seed": seed + number * SEEDS_APART, "batch_size": share, "slots": own}
+                    part = opened.enter_context(make(data.index, data.rows, spec, **drawn, **options))
+                    parts.append(Part(part, data.task, data.label_map))
+            loader = JointLoader(parts, opened.pop_all())
         num_left_out = sum(part.loader.num_left_out for part in parts)
     if num_left_out:
         logger.warning("%s: %d videos are too short for training and left out", stream, num_left_out)

@@ -162,7 +162,9 @@ def main(arguments: list[str] | None = None) -> None:
         config = read_config(options.run / "config.yaml")
         machines = Machines.from_arguments(options)
         machines.check()
-        open_index(config.data.root)
+        index = open_index(config.data.root)
+        for stream in config.train.streams:
+            open_tasks(config, stream, index)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     launch(machines, _evaluate, config, options.run, options.force)

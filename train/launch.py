@@ -57,9 +57,9 @@ def main(arguments: list[str] | None = None) -> None:
         machines = Machines.from_arguments(options)
         machines.check(config.train.batch_size)
         index = open_index(config.data.root)
-        for stream in config.train.streams:
-            check_stream(config, stream, index, machines.world_size)
         run = options.run or Path("runs") / f"{Path(options.config).stem}-{short_hash(config)}"
+        for stream in config.train.streams:
+            check_stream(config, stream, index, machines.world_size, run / stream)
         open_run(run, config, options.resume)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

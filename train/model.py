@@ -75,7 +75,10 @@ def start_from(net: CNNM, path: str) -> None:
 
 
 def check_init(net: CNNM, checkpoint: Checkpoint, path: str) -> None:
-    """Raise ValueError if a checkpoint's layers, but for the last one, are not the net's."""
+    """Raise ValueError if a checkpoint's layers, but for the last one, are not the net's, or its run is unfinished."""
+    steps = checkpoint.config[f"{checkpoint.stream}.steps"]
+    if checkpoint.step < steps:
+        raise ValueError(f"init={path} was stopped at step {checkpoint.step} of {steps}; finish that run first.")
     wanted, found = (
         {name: tuple(value.shape) for name, value in state.items() if not name.startswith(LAST_LAYER)}
         for state in (net.state_dict(), checkpoint.net)

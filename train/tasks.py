@@ -8,6 +8,7 @@ A softmax layer is a slice of the net's last layer.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,13 @@ class DataSet:
     label_map: Ints
     test_list: str | None
 
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the packed bytes; `/` and a hash follow where not all classes are used."""
+        if (self.label_map >= 0).all():
+            return self.index.fingerprint
+        return f"{self.index.fingerprint}/{hashlib.sha256(self.label_map.tobytes()).hexdigest()[:8]}"
+
 
 @dataclass(frozen=True)
 class Tasks:
@@ -56,8 +64,8 @@ class Tasks:
 
     @property
     def fingerprint(self) -> str:
-        """Identity of all packed bytes."""
-        return "+".join(data.index.fingerprint for data in self.sets)
+        """Identity of all packed bytes, and of the choice of classes where not all of a set's are used."""
+        return "+".join(data.fingerprint for data in self.sets)
 
 
 def open_tasks(config: Config, stream: str, index: Index) -> Tasks:
@@ -68,26 +76,40 @@ def open_tasks(config: Config, stream: str, index: Index) -> Tasks:
     data, options = config.data, config.stream(stream)
     test_list = f"{data.split}_test" if config.eval.num_taus else None
     rows = index.split(data.train_list or f"{data.split}_train")
-    if data.train_list and test_list and len(both := np.intersect1d(rows, index.split(test_list))):
-        raise ValueError(
-            f"{len(both)} videos of {test_list}, as {index.video_ids(both[:1])[0]}, stand in the training list "
-            f"{data.train_list!r} too: that is no test. Take another list, or eval.num_taus=0 for no test."
-        )
     sets = [DataSet(index, rows, 0, np.arange(len(index.classes)), test_list)]
     num_outputs = [len(index.classes)]
     for root, name in zip(options.extra_roots, options.extra_lists, strict=True):
         extra = open_index(root)
         rows = extra.split(name)
         if options.extra_as == "tasks":
-            tested = name.endswith("_train") and config.eval.num_taus
-            test_list = name.removesuffix("train") + "test" if tested else None
+            has_test = name.endswith("_train") and config.eval.num_taus
+            test_list = name.removesuffix("train") + "test" if has_test else None
             sets.append(DataSet(extra, rows, len(sets), np.arange(len(extra.classes)), test_list))
             num_outputs.append(len(extra.classes))
         else:
             label_map = _added_classes(extra, options.extra_classes, num_outputs[0])
             sets.append(DataSet(extra, rows[label_map[extra.labels[rows]] >= 0], 0, label_map, None))
             num_outputs[0] += int((label_map >= 0).sum())
+    for tested in (part for part in sets if part.test_list):
+        for other in sets:
+            if other is not tested or data.train_list:  # a split's own two lists were compared when it was packed
+                check_untouched(tested, other.index, other.rows)
     return Tasks(sets, num_outputs)
+
+
+def check_untouched(data: DataSet, index: Index, rows: Ints) -> None:
+    """Raise ValueError if videos that `data` is tested on are among `rows` of an index, which are trained on."""
+    assert data.test_list is not None
+    test_rows = data.index.split(data.test_list)
+    if index.fingerprint == data.index.fingerprint:
+        both = data.index.video_ids(np.intersect1d(rows, test_rows))
+    else:  # the same videos may have been packed twice
+        both = sorted(set(data.index.video_ids(test_rows)) & set(index.video_ids(rows)))
+    if both:
+        raise ValueError(
+            f"{len(both)} videos of {data.test_list}, as {both[0]}, are trained on too, in {index.root}: that is no "
+            "test. Take another training list, or eval.num_taus=0 for no test."
+        )
 
 
 def _added_classes(extra: Index, names: str, first: int) -> Ints:
