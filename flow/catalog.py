@@ -93,7 +93,10 @@ def list_videos(root: Path, extensions: Set[str] = VIDEO_EXTENSIONS, what: str =
         relative = path.relative_to(root)
         video_id = relative.with_suffix("").as_posix()
         if len(relative.parts) < 2:
-            raise ValueError(f"{path} lies in no class folder. Expected Class/{path.name} below {root}.")
+            raise ValueError(
+                f"{path} lies in no class folder. Expected Class/{path.name} below {root}: sort files that lie flat, "
+                "as ImageNet's validation images are published, into class folders."
+            )
         check_video_id(video_id)
         if video_id in videos:
             raise ValueError(f"{videos[video_id].path} and {path} have the same id {video_id!r}. Remove one of them.")

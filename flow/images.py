@@ -84,10 +84,10 @@ def pack_images(
 ) -> PackReport:
     """Pack an image set, or go on with a pack that was stopped.
 
-    train, val: what becomes the lists split1_train and split1_test; without val, `split_by_folder` makes both, and
-    frames of one video stay on one side. classes: file of class names, line k that of number k in tars, from 0; without
-    it a class is named by its number. size_px: the smaller side of the images. every: distance of the frames taken from
-    a video. per_shard: images of a shard, or videos.
+    train, val: what becomes the lists split1_train and split1_test; without val, `split_by_folder` makes both, of
+    images or of whole videos. classes: file of class names, line k that of number k in tars, from 0; without it a class
+    is named by its number. size_px: the smaller side of the images. every: distance of the frames taken from a video.
+    per_shard: images of a shard, or videos.
 
     Raises ValueError if a source is unusable, nothing could be packed, or `out` holds a pack with other settings or of
     other images. Bad images are left out and reported.
@@ -118,7 +118,9 @@ def pack_images(
         if not was_complete:
             _pack(sources, splits, out, settings, num_workers or default_num_workers())
         clear(out / WORK_FOLDER)
-    return read_report(out, was_complete=was_complete)
+    test_ids = set(splits["split1_test"])
+    tested = {source.class_name for source in sources if source.video_id in test_ids}
+    return read_report(out, was_complete=was_complete, untested=sorted({s.class_name for s in sources} - tested))
 
 
 def _pack(
@@ -242,7 +244,9 @@ def _parser() -> argparse.ArgumentParser:
         "Exit code 1: some images are bad (unless --skip-bad). 2: error.",
     )
     parser.add_argument("--train", metavar="SRC", required=True, help="images to train on")
-    parser.add_argument("--val", metavar="SRC", help="images to test on (default: 30 %% of each class, seeded)")
+    parser.add_argument(
+        "--val", metavar="SRC", help="images to test on (default: 30 %% of a class's images, or videos)"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of the packed data set")
     parser.add_argument("--size", type=int, default=256, help="smaller side of the images in px (default 256)")
     parser.add_argument("--quality", type=int, default=90, help="of JPEG, 1..100 (default 90)")
@@ -278,13 +282,16 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("Stopped. The same command goes on with the shards that are left.", file=sys.stderr)
         return 130
-    figures = report.dataset["summary"]
+    figures, num_classes = report.dataset["summary"], len(report.dataset["classes"])
     if report.was_complete:
         print(f"{options.out} was complete: nothing to do.")
     print(
-        f"{figures['videos']:,} images of {len(report.dataset['classes']):,} classes: {figures['bytes'] / 1e6:,.1f} "
-        f"MB, {figures['s_per_frame'] * 1e3:.1f} ms an image on one core"
+        f"{figures['videos']:,} images of {num_classes:,} classes: {figures['bytes'] / 1e6:,.1f} MB, "
+        f"{figures['s_per_frame'] * 1e3:.1f} ms an image on one core"
     )
+    if report.untested:
+        message = f"{len(report.untested):,} of {num_classes:,} classes have nothing to test on: a class of one image"
+        print(f"warning: {message}, or of one video, has it for training, unless --val holds more.", file=sys.stderr)
     if report.bad:
         print(f"{len(report.bad):,} were bad and left out: {options.out / BAD_NAME}")
         print(*(f"  {name} {report.bad[name]}" for name in sorted(report.bad)[:10]), sep="\n")

@@ -48,13 +48,14 @@ Task = TypeVar("Task", bound=_HasFragment)
 class PackReport:
     """dataset: the content of dataset.json. bad: item id -> reason. was_complete: there was nothing to do.
 
-    missing, unlisted: as in `flow.catalog.Catalog`.
+    missing, unlisted: as in `flow.catalog.Catalog`. untested: classes of which nothing is for testing.
     """
 
     dataset: dict[str, Any]
     bad: dict[str, str]
     missing: list[str] = field(default_factory=list)
     unlisted: list[str] = field(default_factory=list)
+    untested: list[str] = field(default_factory=list)
     was_complete: bool = False
 
 
@@ -62,14 +63,27 @@ class PackReport:
 
 
 @contextmanager
-def locked(work: Path) -> Iterator[None]:
-    """Hold the folder's lock: two packs into one folder would take each other's fragments away."""
-    work.mkdir(exist_ok=True)
-    with open(work / "lock", "w") as lock:
+def hold(lock_file: Path, *, wait: bool = False) -> Iterator[int | None]:
+    """Lock a file, which is made if it is not there. Yields its descriptor; None if another has it and `wait` is not.
+
+    A child that inherits the descriptor (`pass_fds`) holds the lock as long as it lives.
+    """
+    with open(lock_file, "w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            raise ValueError(f"Another pack into {work.parent} is running. Wait, or choose another --out.") from None
+            yield None
+            return
+        yield lock.fileno()
+
+
+@contextmanager
+def locked(work: Path) -> Iterator[None]:
+    """Hold a pack's folder: two packs into one folder would take each other's fragments away."""
+    work.mkdir(exist_ok=True)
+    with hold(work / "lock") as lock:
+        if lock is None:
+            raise ValueError(f"Another pack into {work.parent} is running. Wait, or choose another --out.")
         try:
             yield
         finally:

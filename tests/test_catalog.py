@@ -45,7 +45,7 @@ def test_linked_folders_are_followed_but_not_in_circles(tmp_path):
     ("names", "message"),
     [
         (["A/a.avi", "A/a.mp4"], "a.avi and .*a.mp4 have the same id 'A/a'"),
-        (["a.avi"], "lies in no class folder"),
+        (["a.avi"], "lies in no class folder.*sort files that lie flat"),
         (["A/__a__.avi"], "WebDataset readers skip names"),
         (["A/new\nline.avi"], "control character"),
         (["A/notes.txt"], "holds no video files"),

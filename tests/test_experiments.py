@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import shutil
+import sys
 import threading
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -11,9 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from flow.resume import hold
 from tests.tiny import TINY
 from train import experiments, launch, paper_report, tables
-from train.config import from_flat, resolve_config, to_flat
+from train.config import from_flat, resolve_config, short_hash, to_flat
+from train.data import check_data
 from train.measure import compare, measure, paper_difference, reading
 from train.plan import (
     MINI_SETS,
@@ -21,14 +25,14 @@ from train.plan import (
     Run,
     Setting,
     beginning,
-    check_data,
     digest,
     folder,
     launch_arguments,
     plan,
+    run_config,
     select_sources,
 )
-from train.record import Book, Entry, add_to_book, locked, read_book, write_book
+from train.record import Book, Entry, add_to_book, read_book, write_book
 from train.scores import Scores, score_file, write_scores
 from train.statistics import bootstrap_pct, mean_pct
 from train.tables import TABLES, UCF_AVERAGE, UCF_SVM, Comparison, configs_of, source_name
@@ -77,16 +81,49 @@ def test_rows_that_compare_dropouts_keep_them_at_mini_scale():
         assert cell.column == f"dropout {dropout}"
 
 
-def test_every_comparison_is_of_runs_that_differ_in_one_thing():
-    """At mini scale too: nothing but the row's point may differ between the sides, dropout least of all."""
+TUNED = {"steps", "milestones", "init"}
+EXTRA = {"temporal.extra_roots", "temporal.extra_lists"}
+DIFFERING = {
+    "dropout 0.9 against 0.5, from scratch": {"spatial.dropout"},
+    "dropout 0.9 against 0.5, fine-tuning": {"spatial.dropout"},
+    "dropout 0.5 against 0.9, last layer": {"spatial.dropout"},
+    "fine-tuning against from scratch, dropout 0.5": {f"spatial.{key}" for key in TUNED},
+    "fine-tuning against from scratch, dropout 0.9": {f"spatial.{key}" for key in TUNED},
+    "last layer against fine-tuning, dropout 0.5": {"spatial.train_layers"},
+    "several fields: L = 5 against L = 1": {"data.L"},
+    "several fields: L = 10 against L = 1": {"data.L"},
+    "several fields: L = 10 against L = 5": {"data.L"},
+    "mean subtraction, flow stacking": {"data.subtract_mean"},
+    "mean subtraction, trajectory stacking": {"data.subtract_mean"},
+    "flow against trajectory stacking": {"data.stacking"},
+    "the same without mean subtraction": {"data.stacking"},
+    "bi-directional against uni-directional": {"data.bidirectional"},
+    "flow against slow fusion of RGB frames": {"data.rgb_frames", "train.streams"},
+    "fine-tuning against HMDB-51 alone": {f"temporal.{key}" for key in TUNED},
+    "added classes against fine-tuning": {
+        *(f"temporal.{key}" for key in TUNED), *EXTRA, "temporal.extra_as", "temporal.extra_classes",
+    },
+    "multi-task against added classes": {"temporal.extra_as", "temporal.extra_classes"},
+    "multi-task against HMDB-51 alone": EXTRA,
+    "multi-task against UCF-101 alone": EXTRA,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("scale", ["mini", "full"])
+def test_every_comparison_is_of_runs_that_differ_in_its_point_alone(scale):
+    """Of the whole configs. At mini scale training videos are scored where an SVM needs it, which trains nothing."""
+    found, expected = {}, {}
     for _, comparison in COMPARISONS:
         if isinstance(comparison.better, str) and isinstance(comparison.than, str):
-            a, b = (launched(Run(name, 1, 0), Setting()) for name in (comparison.better, comparison.than))
-            streams = a["train.streams"][0], b["train.streams"][0]
-            for key in ("data.crop_px", "model.width", "train.batch_size", "data.root", "eval.num_taus"):
-                assert a[key] == b[key]
-            if "dropout 0.9 against" not in comparison.what and "dropout 0.5 against" not in comparison.what:
-                assert len({flat[f"{s}.dropout"] for flat, s in zip((a, b), streams, strict=True)}) == 1
+            names = comparison.better, comparison.than
+            a, b = (launched(Run(name, 1, 0), Setting(scale=scale)) for name in names)
+            found[comparison.what] = {key for key in a if a[key] != b[key]}
+            expected[comparison.what] = set(DIFFERING[comparison.what])
+            if scale == "mini":
+                expected[comparison.what].discard("temporal.extra_classes")
+                if len(tables.svm_configs().intersection(names)) == 1:
+                    expected[comparison.what].add("eval.num_taus_train")
+    assert found == expected and set(found) == set(DIFFERING)
 
 
 def test_runs_are_shared_and_come_after_what_they_begin_with():
@@ -130,17 +167,52 @@ def test_the_digest_follows_from_the_settings_alone():
     assert folder(run, plain) != folder(run, changed) != folder(replace(run, seed=1), changed)
 
 
+def test_the_digest_changes_with_the_run_that_a_run_begins_with(monkeypatch):
+    setting = Setting()
+    jobs = [Run("imagenet", 1, 0), Run("spatial_last_05", 1, 0), Fused(UCF_SVM, 1, 0), Run("flow_L10", 1, 0)]
+    before = [digest(job, setting) for job in jobs]
+
+    def changed(name, setting):
+        config = run_config(name, setting)
+        return from_flat({**to_flat(config), "spatial.lr": 0.3}) if name == "imagenet" else config
+
+    monkeypatch.setattr("train.plan.run_config", changed)
+    after = [digest(job, setting) for job in jobs]
+    assert [a == b for a, b in zip(before, after, strict=True)] == [False, False, False, True]
+    assert short_hash(run_config("spatial_last_05", setting)) not in after  # its own values are not all
+
+
 def test_missing_data_is_named_with_the_command_that_makes_it(tmp_path):
     setting = Setting(data=tmp_path)
-    with pytest.raises(ValueError, match="ucf101_mini/packed is no packed .*flow.pack .*--size 96 --out .*--data"):
+    with pytest.raises(ValueError, match="ucf101_mini/packed is no packed .*flow.pack .*ucf101 --size 96 .*--data"):
         check_data([Run("flow_L10", 1, 0)], setting)
-    (tmp_path / "ucf101_mini" / "packed").mkdir(parents=True)
-    (tmp_path / "ucf101_mini" / "packed" / "dataset.json").write_text("{}")
+    make_data(tmp_path, ucf101_mini="ab")
     check_data([Run("flow_L10", 1, 0)], setting)
-    with pytest.raises(ValueError, match="jhmdb_mini/packed is no packed data set"):
+    with pytest.raises(ValueError, match="jhmdb_mini/packed is no packed .*flow.pack .*hmdb51 --size 96 .*J-HMDB"):
         check_data([Run("ucf101_multitask", 1, 0)], setting)
-    with pytest.raises(ValueError, match="python -m flow.images"):
+    with pytest.raises(ValueError, match="python -m flow.images .*of other classes, never of those that are tested on"):
         check_data([Run("imagenet", 1, 0)], setting)
+    with pytest.raises(ValueError, match="flow.images --train ILSVRC2012/train --val ILSVRC2012/val"):
+        check_data([Run("imagenet", 1, 0)], replace(setting, scale="full"))
+
+
+def make_data(root, **sets):
+    """Packed sets in name, of the classes that letters stand for."""
+    for name, classes in sets.items():
+        (root / name / "packed").mkdir(parents=True, exist_ok=True)
+        content = {"classes": [{"name": letter, "official_id": None} for letter in classes]}
+        (root / name / "packed" / "dataset.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(("name", "config"), [("ucf101", "spatial_last_05"), ("jhmdb", "hmdb51_spatial_last")])
+def test_pre_training_on_classes_of_the_test_is_refused(tmp_path, name, config):
+    setting = Setting(data=tmp_path)
+    runs = [Run("imagenet", 1, 0), Run(config, 1, 0)]
+    make_data(tmp_path, imagenet_mini="xyz", **{f"{name}_mini": "abc"})
+    check_data(runs, setting)
+    make_data(tmp_path, imagenet_mini="xbz")
+    with pytest.raises(ValueError, match=f"imagenet_mini and {name}_mini both have the class 'b'.*Pack imagenet_mini"):
+        check_data(runs, setting)
 
 
 # --- running -------------------------------------------------------------------------------------------------------
@@ -191,9 +263,7 @@ class FakeTraining:
 @pytest.fixture
 def bench(tmp_path, monkeypatch):
     """run(*arguments) of the command line where nothing is trained, on data sets that are there in name."""
-    for name in ("ucf101_mini", "jhmdb_mini", "imagenet_mini"):
-        (tmp_path / "data" / name / "packed").mkdir(parents=True)
-        (tmp_path / "data" / name / "packed" / "dataset.json").write_text("{}")
+    make_data(tmp_path / "data", ucf101_mini="ab", jhmdb_mini="cd", imagenet_mini="xyz")
     training = FakeTraining()
     monkeypatch.setattr(experiments, "train", training)
     monkeypatch.setattr(experiments, "WAIT_S", 0.01)
@@ -239,6 +309,12 @@ def test_results_are_those_of_the_score_files(bench):
     top5 = [int((row > row[label]).sum() < 5) for row, label in zip(scores, LABELS, strict=True)]
     assert book.runs["flow_L10", 2, 0].top5 == "".join(map(str, top5))
     assert (UCF_SVM.name, 2, 0) in book.runs
+    methods = {}
+    for method in ("average", "svm"):
+        (path,) = bench.root.glob(f"runs/mini/fusions/{'+'.join(configs_of(UCF_SVM))}:{method}-*/split2_seed0")
+        methods[method] = list(json.loads((path / "results.json").read_text())["methods"])
+    assert methods == {"average": ["spatial", "temporal", "average"],
+                       "svm": ["spatial", "temporal", "average", "svm"]}  # fmt: skip
     content = book.lists[book.runs["flow_L10", 2, 0].test_list]
     assert content["data"] == "ucf101_mini" and len(content["video_ids"]) == 12
     config = from_flat(book.configs[book.runs["flow_L10", 2, 0].digest])
@@ -264,6 +340,65 @@ def test_run_folders_that_are_gone_are_made_again_only_for_what_needs_their_file
     assert bench("hmdb51_finetune", "--splits", "2") == [("ucf101_all", 1, 0), ("hmdb51_finetune", 2, 0)]
 
 
+def change_default(*files):
+    """As if the weight decay of a config that does not name it had been another one when the files were written."""
+    for file in files:
+        assert '"train.weight_decay": 0.0005' in file.read_text()
+        file.write_text(file.read_text().replace('"train.weight_decay": 0.0005', '"train.weight_decay": 0.0001'))
+
+
+def test_results_of_another_default_are_not_taken_for_done(bench):
+    bench("flow_L1", "table3", "--splits", "1", "2")
+    change_default(bench.results)
+    os.rename(bench.root / "runs", bench.root / "away")
+    assert bench("flow_L1", "--splits", "1") == [("flow_L1", 1, 0)]
+    left = set(read_book(bench.results).runs)
+    assert ("flow_L1", 1, 0) in left and ("flow_L1", 2, 0) not in left  # no mean of both defaults
+    assert bench("flow_L10", "--splits", "1") == [("flow_L10", 1, 0)]
+    fused = [name for name, _, _ in read_book(bench.results).runs if ":" in name]
+    assert fused and not any("flow_L10" in name for name in fused)
+    assert bench("flow_L1", "flow_L10", "--splits", "1") == []
+
+
+def test_a_run_folder_of_another_default_is_not_finished(bench):
+    bench("flow_L1", "--splits", "1")
+    change_default(bench.results, *bench.root.glob("runs/mini/flow_L1-*/split1_seed0/record.json"))
+    bench.training.failing = ("flow_L1",)
+    with pytest.raises(SystemExit, match="flow_L1, split 1, seed 0: exit status 3"):
+        bench("flow_L1", "--splits", "1")
+
+
+def test_a_new_key_leaves_results_valid(bench):
+    bench("flow_L1", "--splits", "1")
+    content = json.loads(bench.results.read_text())
+    for config in content["configs"].values():
+        del config["data.stacking"]
+    bench.results.write_text(json.dumps(content))
+    assert bench("flow_L1", "--splits", "1") == []
+
+
+def test_a_fusion_that_fails_is_tried_once(bench, monkeypatch):
+    tried = []
+
+    def fail(fused, setting):
+        tried.append(fused)
+        raise ValueError("scores do not fit")
+
+    monkeypatch.setattr(experiments, "book_of_fusion", fail)
+    with pytest.raises(SystemExit, match=r"spatial_last_05\+flow_L10:average, split 1, seed 0: scores do not fit"):
+        bench("table3", "flow_L1", "flow_L5", "--splits", "1")
+    assert len(tried) == len(set(tried)) == 4
+
+
+def test_the_code_of_a_run_is_that_which_it_began_with(bench, monkeypatch):
+    commit = ["before"]
+    monkeypatch.setattr(experiments, "describe", lambda: {**MADE_ON["m"], "commit": commit[0]})
+    bench.training.hook = lambda name: commit.__setitem__(0, "after")
+    bench("flow_L1", "--splits", "1")
+    book = read_book(bench.results)
+    assert book.made_on[book.runs["flow_L1", 1, 0].made_on]["commit"] == "before"
+
+
 def test_a_failure_stops_only_what_depends_on_it(bench, capsys):
     bench.training.failing = ("imagenet",)
     with pytest.raises(SystemExit, match="exit status 3: ValueError: out of luck .*output.txt") as error:
@@ -276,9 +411,9 @@ def test_a_failure_stops_only_what_depends_on_it(bench, capsys):
 
 def test_a_run_in_other_hands_is_left_and_come_back_to(bench):
     setting = Setting(data=bench.root / "data", runs=bench.root / "runs")
-    taken = folder(Run("flow_L1", 1, 0), setting)
-    taken.mkdir(parents=True)
-    with locked(taken) as lock:
+    taken = experiments.lock_file(Run("flow_L1", 1, 0), setting)
+    taken.parent.mkdir(parents=True)
+    with hold(taken) as lock:
         held = os.dup(lock)  # as a child of the other process would: held on though the process itself is gone
     bench.training.hook = lambda name: os.close(held) if name == "flow_L10" else None
     order = bench("flow_L1", "flow_L5", "flow_L10", "--splits", "1")
@@ -297,7 +432,7 @@ def test_what_another_process_finished_meanwhile_is_taken_over(bench):
     at_it, release = threading.Event(), threading.Event()
 
     def other():
-        with locked(folder(run, setting)):
+        with hold(experiments.lock_file(run, setting)):
             at_it.set()
             release.wait()
             record.write_bytes(finished)
@@ -316,7 +451,10 @@ def test_what_another_process_finished_meanwhile_is_taken_over(bench):
     [
         (["run", "table9"], "error: nothing is called 'table9'"),
         (["run", "flow_L10", "--data", "/nowhere"], "error: /nowhere/ucf101_mini/packed is no packed data set"),
-        (["run", "flow_L10", "--set", "temporal.lrr=1"], "error: unknown config key 'temporal.lrr'"),
+        (["run", "flow_L10", "--set", "temporal.lrr=1", "--results", "r"], "error: unknown config key 'temporal.lrr'"),
+        (["run", "flow_L10", "--set", "temporal.lr=1"], "error: --set makes results .*by --results"),
+        (["run", "flow_L10", "--seeds", "0"], "error: --seeds 0.* expected 1 seed or more"),
+        (["run", "flow_L10", "--splits", "1", "4"], r"error: .*--splits \[1, 4\]: expected .* of \(1, 2, 3\)"),
         (["report", "--results", "none.json"], "error: .*none.json"),
     ],
 )
@@ -339,10 +477,16 @@ def demo_places(packed_demo, tmp_path):
     return ["--data", tmp_path / "data", "--runs", tmp_path / "runs", "--results", tmp_path / "results.json"]
 
 
-def test_real_runs_end_in_the_report(packed_demo, tmp_path, monkeypatch, capsys):
+def test_real_runs_end_in_the_report(packed, packed_demo, tmp_path, monkeypatch, capsys):
     """Fine-tuning begins with the other net's weights; and the report holds what came of it."""
     monkeypatch.setattr(experiments, "train", lambda a, output, lock: launch.main(list(map(str, a))))
     places = demo_places(packed_demo, tmp_path)
+    other = tmp_path / "data" / "ucf101_mini" / "packed"  # begins with a net that was not trained on what is tested
+    other.unlink()
+    shutil.copytree(packed, other)
+    (other / "dataset.json").write_text(
+        json.dumps({**json.loads((packed / "dataset.json").read_text()), "classes": []})
+    )
     settings = tiny_settings(**{"temporal.steps": 2, "temporal.milestones": [1]})
     names = ["hmdb51_scratch", "hmdb51_finetune"]
     experiments.main(["run", *names, "--splits", "1", *map(str, places), *settings])
@@ -406,7 +550,7 @@ def test_books_survive_the_file_and_concurrent_writers(tmp_path):
     for thread in threads:
         thread.join()
     assert read_book(path) == whole
-    assert [file.name for file in path.parent.iterdir()] == ["results.json"]
+    assert {file.name for file in path.parent.iterdir()} == {"results.json", ".results.json.lock"}
     newer = make_entry("flow_L10", 1, 0, [1] * 40)
     merged = add_to_book(path, replace(whole, runs={newer.key: newer}))
     assert merged == read_book(path) and list(merged.runs.values())[-1] == newer and len(merged.runs) == 18
@@ -456,6 +600,38 @@ def test_runs_of_older_settings_are_left_out():
     assert measure(book, "flow_L10").pct == 100 and measure(book, "flow_L10").num_runs == 1
 
 
+def test_runs_on_an_older_packing_are_left_out_of_their_split():
+    book = make_book(["flow_L10", "flow_L1"])
+    others = replace(book, runs={key: entry for key, entry in book.runs.items() if entry.split != 2})
+    book.lists["u/2 again"] = {**book.lists["u/2"], "video_ids": book.lists["u/2"]["video_ids"][:50]}
+    expected = accuracies(others, "flow_L10")
+    for seed in range(3):
+        again = make_entry("flow_L10", 2, seed, [1] * 50, test_list="u/2 again")
+        book.update(replace(book, runs={again.key: again}))
+        value = measure(book, "flow_L10")
+        assert value.num_runs == 7 + seed and value.splits == (1, 2, 3)
+    assert value.pct == pytest.approx((2 * expected + 100) / 3)
+    assert compare(book, Comparison("", "flow_L10", "flow_L1")).splits == (1, 3)
+
+
+def test_at_full_scale_a_table_has_its_own_splits(tmp_path, capsys):
+    """The spatial net of tables 1a, of split 1, and 4, of all three; at mini scale both pool all."""
+    names = ["spatial_last_05", "spatial_last_09"]
+    mini = make_book(names, seeds=(0,))
+    for scale, table1a in (("full", {1}), ("mini", {1, 2, 3})):
+        book = replace(mini, scale=scale)
+        (tmp_path / scale).mkdir()
+        markdown, _ = report(tmp_path / scale, book)
+        for row, column, splits in (("Pre-trained + last layer", "dropout 0.5", table1a),
+                                    ("Spatial stream ConvNet", "UCF-101", {1, 2, 3})):  # fmt: skip
+            part = replace(book, runs={key: entry for key, entry in book.runs.items() if entry.split in splits})
+            (line,) = [line for line in markdown.splitlines() if line.startswith(f"| {row} | {column} |")]
+            where = f"on split{'s' * (len(splits) > 1)} {', '.join(map(str, sorted(splits)))}"
+            assert f"| {accuracies(part, names[0]):.1f} (" in line and line.endswith(f"{where} |")
+        (line,) = [line for line in markdown.splitlines() if line.startswith("| dropout 0.5 against 0.9, last layer")]
+        assert f"{len(table1a)} pair" in line
+
+
 def test_differences_are_paired_by_video_split_and_seed():
     book = make_book(["flow_L10", "flow_L1"])
     comparison = Comparison("several", "flow_L10", "flow_L1")
@@ -484,6 +660,12 @@ def test_a_clear_difference_shows_and_its_reading_says_whose_order_it_is():
     against = compare(book, Comparison("", "flow_L1", "flow_L10"))
     assert reading(against) == "shown, against the paper"
     assert against.pct == pytest.approx(-shown.pct) and against.low == pytest.approx(-shown.high, abs=1)
+    for seeds, claim in (((0,), "one seed: no claim"), ((0, 1), "2 seeds: no claim")):
+        few = replace(book, runs={key: entry for key, entry in book.runs.items() if entry.seed in seeds})
+        few = compare(few, Comparison("", "flow_L10", "flow_L1"))
+        assert few.shows_order and reading(few) == claim
+    del book.runs["flow_L10", 3, 2]  # three seeds on the other splits only
+    assert reading(compare(book, Comparison("", "flow_L10", "flow_L1"))) == "2 seeds: no claim"
     same = make_book(["flow_L10", "flow_L5"])
     assert reading(compare(same, Comparison("", "flow_L10", "flow_L5"))) == "no order shown"
 
@@ -600,6 +782,66 @@ def test_both_reports_hold_the_same_tables_with_every_number(tmp_path, capsys):
     assert spent == [("100", "100"), ("101", "102")]  # seconds of the two books
 
 
+def test_test_videos_of_one_source_give_no_interval(tmp_path, capsys):
+    book = make_book(["flow_L10", "imagenet"], splits=(1,))
+    ids = [f"A/v_A_g01_c01/{3 * v:06d}" for v in range(40)]
+    book.lists["u/1"] = {**book.lists["u/1"], "video_ids": ids}
+    markdown, _ = report(tmp_path, book)
+    assert f"{accuracies(book, 'flow_L10'):.1f} (all test videos from one source, no interval), 3 runs" in markdown
+    assert "| ucf101_mini | split1_test | 6 | 40 | 1 |" in markdown
+    experiments.main(["list", "--results", str(tmp_path / "mini.json")])
+    assert f"{accuracies(book, 'flow_L10'):.1f} (3 runs, mini)" in capsys.readouterr().out
+    book.runs.update(make_book(["flow_L1"], splits=(1,), accuracy=0.1).runs)
+    assert reading(compare(book, Comparison("", "flow_L10", "flow_L1"))) == "one source: no claim"
+
+
+def test_the_setting_is_that_of_the_results_that_count(tmp_path, capsys):
+    book = make_book(["flow_L10"], seeds=(0,))
+    stale = make_entry("flow_L1", 1, 0, [1] * 40, test_list="old", config="e")
+    gone = replace(stale, split=2, made_on="n", seconds=9999.0)
+    current = replace(make_entry("flow_L1", 3, 0, [1] * 44), seconds=241.0)
+    slow = replace(make_entry("flow_L5", 3, 0, [1] * 44), seconds=5000.0, resumed=True)
+    machine = {"cpu": "C", "cores": 2, "gpus": ["H200", "H200"], "system": "L"}
+    changed = replace(
+        book,
+        configs={**book.configs, "e": {**book.configs["d"], "model.width": 0.123}},
+        lists={**book.lists, "old": {**book.lists["u/1"], "data": "older_mini"}},
+        made_on={"m": {**MADE_ON["m"], "machine": machine}, "n": {**MADE_ON["m"], "machine": {**machine, "cpu": "Z"}}},
+        runs={entry.key: entry for entry in (stale, gone, *book.runs.values(), slow, current)},
+    )
+    markdown, _ = report(tmp_path, changed)
+    assert "0.123" not in markdown and "older_mini" not in markdown and "of Z" not in markdown
+    assert "2 cores of C; a run took 100 s in the median, 241 s at most; 1 of 4 runs took more than 240 s." in markdown
+    assert "5 results" in markdown and "H200" not in markdown and "`imagenet_mini` for `imagenet`" in markdown
+    used = replace(changed, scale="full", runs={current.key: replace(current, gpus=2)})
+    markdown, _ = report(tmp_path, used)
+    assert "2 cores of C, 2 x H200; a run took 241 s in the median, 241 s at most." in markdown
+    assert "mini` for" not in markdown
+
+
+def test_findings_beside_the_results_are_part_of_the_report(tmp_path, capsys):
+    text = "What **shows** & what not:\n- `L = 10`, over\n  two lines\n- more\n\nThe end.\n"
+    assert "## Findings" not in report(tmp_path, make_book(["flow_L10"]))[0]
+    (tmp_path / "findings.md").write_text(text)
+    markdown, page = report(tmp_path, make_book(["flow_L10"]))
+    assert markdown.index("Table 4") < markdown.index(f"## Findings\n\n{text.strip()}\n")
+    Rows(page)
+    assert (
+        "<h2>Findings</h2>\n<p>What <strong>shows</strong> &amp; what not:</p>\n<ul>\n"
+        "<li><code>L = 10</code>, over\n  two lines</li>\n<li>more</li>\n</ul>\n<p>The end.</p>" in page
+    )
+
+
+def test_without_matplotlib_the_report_is_written_all_the_same(tmp_path, packed_demo, monkeypatch, caplog, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    demo_places(packed_demo, tmp_path)
+    write_book(make_book(["flow_L10"]), tmp_path / "results.json")
+    places = ["--data", tmp_path / "data", "--runs", tmp_path / "runs", "--results", tmp_path / "results.json"]
+    experiments.main(["report", *map(str, places), "--out", str(tmp_path / "report")])
+    assert {path.name for path in (tmp_path / "report").iterdir()} == {"report.md", "report.html"}
+    assert re.search(r"fig2.png is not drawn: .*two-stream\[bench\]", caplog.text)
+
+
 def test_figures_that_are_there_are_kept_and_shown(tmp_path, capsys):
     markdown, page = report(tmp_path, make_book(["flow_L10"]))
     assert "![" not in markdown and Rows(page).images == []
@@ -620,6 +862,12 @@ def test_figures_whose_runs_are_at_hand_are_drawn(tmp_path, packed_demo, monkeyp
     fused = folder(Fused(tables.UCF_SVM, 1, 0), setting) / "results.json"
     fused.parent.mkdir(parents=True)
     fused.write_text("{}")
+    run = folder(Run("flow_L10", 1, 0), setting)
+    run.mkdir(parents=True)
+    for name, seed in (("flow_L1", 0), ("flow_L10", 1)):
+        shutil.copytree(run, folder(Run(name, 1, seed), setting))
     paper_report.draw_figures(setting, tmp_path)
-    assert drawn == [("draw_confusion", fused, "fig5.png"), ("draw_recall", fused, "fig6.png")]
+    assert drawn == [
+        ("draw_filters", run, "fig4.png"), ("draw_confusion", fused, "fig5.png"), ("draw_recall", fused, "fig6.png"),
+    ]  # fmt: skip
     assert (tmp_path / "fig2.png").stat().st_size > 1000 and (tmp_path / "fig3.png").stat().st_size > 1000

@@ -1,6 +1,7 @@
 """Fusion and the final table."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -141,6 +142,10 @@ def test_one_source_cannot_be_cross_validated():
         ("Archery/v_Archery_g01_c04", "Archery/v_Archery_g01"),
         ("wave/Fellowship_5_wave_u_cm_np1_fr_med_0", "Fellowship_5"),
         ("brush_hair/[x]_y!_brush_hair_h_nm_np1_ba_goo_12", "[x]_y!"),
+        ("Archery/v_Archery_g01_c04/000010", "Archery/v_Archery_g01"),
+        ("val/some folder/clip/000010", "val/some folder/clip"),
+        ("n01440764/000017", "n01440764/000017"),
+        ("val/t-1/000017", "val/t-1/000017"),
         ("A/001", "A/001"),
         ("B/001", "B/001"),
     ],
@@ -178,13 +183,32 @@ def test_streams_of_two_runs_are_fused_like_those_of_one(run, tmp_path):
     other = write_run(tmp_path / "other")
     fuse.main([str(run / "spatial"), str(other / "temporal")])
     one = fuse.fuse_runs([run], FuseConfig())
-    stored = json.loads((run / "spatial" / "fused-with-other-temporal" / "results.json").read_text())
+    (path,) = (run / "spatial").glob("fused-with-other-temporal-*/results.json")
+    stored = json.loads(path.read_text())
     assert list(stored["methods"]) == ["spatial", "temporal", "average", "svm"]
     for method, predicted in one.predicted.items():
         assert stored["methods"][method]["predicted"] == predicted.tolist()
         assert stored["methods"][method]["title"] == fuse.TITLES[method]
     assert [source["folder"] for source in stored["sources"]] == [str(run / "spatial"), str(other / "temporal")]
     assert stored["weights"] == [1, 1] and stored["no_svm"] == ""
+
+
+def test_runs_of_one_name_do_not_replace_each_other_s_fusions(run, tmp_path):
+    others = [write_run(tmp_path / name / "split1_seed0", seed=number) for number, name in enumerate("ab", 1)]
+    for other in others:
+        fuse.main([str(run / "spatial"), str(other / "temporal")])
+    fuse.main([str(run / "spatial"), str(others[0] / "spatial" / ".." / "temporal")])
+    paths = list((run / "spatial").glob("fused-with-split1_seed0-temporal-*/results.json"))
+    folders = [Path(json.loads(path.read_text())["sources"][1]["folder"]).resolve() for path in paths]
+    assert sorted(folders) == [(other / "temporal").resolve() for other in others]
+
+
+def test_no_svm_is_fitted_that_nobody_asked_for(run, monkeypatch):
+    whole = fuse.fuse_runs([run], FuseConfig())
+    monkeypatch.setattr(fuse, "svm_scores", lambda *_: pytest.fail("fitted"))
+    fused = fuse.fuse_runs([run], FuseConfig(), svm=False)
+    assert list(fused.scores) == ["spatial", "temporal", "average"] and fused.no_svm == "not asked for."
+    assert np.array_equal(fused.scores["average"], whole.scores["average"])
 
 
 def test_any_number_of_sources_have_names_that_tell_them_apart(run, tmp_path):

@@ -182,6 +182,13 @@ def test_the_split_is_whole_disjoint_and_by_class(sources, packed, kind):
         assert clips[0].isdisjoint(clips[1]) and len(clips[0] | clips[1]) == 5
 
 
+def test_classes_without_anything_to_test_on_are_counted(sources, packed, capsys):
+    assert run(packed["videos"], sources["videos"][0]) == 0
+    assert "warning: 1 of 3 classes have nothing to test on" in capsys.readouterr().err
+    assert run(packed["folder"], sources["folder"][0]) == 0
+    assert "nothing to test on" not in capsys.readouterr().err
+
+
 def test_val_is_what_is_tested_on(sources, packed, tmp_path):
     (folder, expected), (tars, _) = sources["folder"], sources["tars"]
     assert run(tmp_path / "a", folder, "--val", folder[1]) == 0

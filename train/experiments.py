@@ -20,7 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from train.config import Config, to_flat
+from flow.resume import hold
+from train.data import check_data
 from train.engine import CHECKPOINT
 from train.fuse import fuse_runs
 from train.page import plural
@@ -30,7 +31,7 @@ from train.plan import (
     Run,
     Setting,
     beginning,
-    check_data,
+    configs_behind,
     digest,
     folder,
     launch_arguments,
@@ -40,12 +41,12 @@ from train.plan import (
     stream_of,
     with_beginnings,
 )
-from train.provenance import describe
-from train.record import Book, Entry, add_to_book, correctness, list_of, locked, make_key, read_book, write_book
+from train.provenance import ROOT, describe
+from train.record import Book, Entry, add_to_book, correctness, list_of, make_key, read_book, write_book
 from train.results import Results, write_results
 
-RESULTS = Path("docs/experiments")
-RECORD, OUTPUT = "record.json", "output.txt"
+RESULTS = ROOT / "docs" / "experiments"
+RECORD, OUTPUT, FINDINGS = "record.json", "output.txt", "findings.md"
 WAIT_S = 5.0
 
 
@@ -57,20 +58,33 @@ def results_path(scale: str) -> Path:
 # --- running -----------------------------------------------------------------------------------------------------
 
 
+def has_result(book: Book, job: Run | Fused, setting: Setting) -> bool:
+    """Whether the book holds the job's result, of this very setting."""
+    agrees = book.agrees(configs_behind(job, setting))
+    return agrees and book.has(job.name, job.split, job.seed, digest(job, setting))
+
+
 def needed_runs(runs: Sequence[Run], fused: Sequence[Fused], book: Book, setting: Setting) -> list[Run]:
     """Of the planned runs those to be done, in order: without a result, or with an unfinished part in one.
 
     A run that others begin with, or a half of a fusion, is needed for its files, whatever the book has of it.
     """
-    asked = {run for run in runs if not book.has(run.name, run.split, run.seed, digest(run, setting))}
+    asked = {run for run in runs if not has_result(book, run, setting)}
     asked |= {run for fusion in fused for run in fusion.runs}
     needed = {part for run in asked for part in with_beginnings(run, setting)}
     return [run for run in runs if run in needed]
 
 
 def is_finished(run: Run, setting: Setting) -> bool:
-    """Whether the run's folder holds all that a run leaves."""
-    return (folder(run, setting) / RECORD).exists()
+    """Whether the run's folder holds all that a run of this setting leaves."""
+    record = folder(run, setting) / RECORD
+    return record.exists() and has_result(read_book(record), run, setting)
+
+
+def lock_file(run: Run, setting: Setting) -> Path:
+    """What a process that is at the run holds; beside its folder."""
+    path = folder(run, setting)
+    return path.with_name(f"{path.name}.lock")
 
 
 def run_needed(
@@ -98,7 +112,7 @@ def run_needed(
             break
         else:
             time.sleep(WAIT_S)
-        failed |= fuse_finished(fused, setting, results)
+        failed |= fuse_finished([fusion for fusion in fused if fusion not in failed], setting, results)
     return failed
 
 
@@ -106,17 +120,18 @@ def try_run(run: Run, setting: Setting, gpus: int, results: Path) -> str | None:
     """Do a run and store its result, unless it is done. Returns why it failed, else ""; None if another is at it."""
     path = folder(run, setting)
     path.mkdir(parents=True, exist_ok=True)
-    with locked(path) as lock:
+    with hold(lock_file(run, setting)) as lock:
         if lock is None:
             return None
         if not is_finished(run, setting):
+            made_on = describe()  # now: the code may change while the run is at it
             resumed = any(path.glob(f"*/{CHECKPOINT}"))
             started = time.monotonic()
             arguments = ["--gpus", str(gpus), *launch_arguments(run, setting)]
             if status := train(arguments, path / OUTPUT, lock):
                 return f"exit status {status}: {_last_line(path / OUTPUT)} (see {path / OUTPUT})"
-            seconds = time.monotonic() - started
-            write_book(book_of_run(run, setting, seconds=seconds, resumed=resumed, gpus=gpus), path / RECORD)
+            spent = {"seconds": round(time.monotonic() - started, 1), "resumed": resumed, "gpus": gpus}
+            write_book(book_of_run(run, setting, made_on, **spent), path / RECORD)
         add_to_book(results, read_book(path / RECORD))
     return ""
 
@@ -144,8 +159,7 @@ def fuse_finished(fused: Sequence[Fused], setting: Setting, results: Path) -> di
     failed: dict[Run | Fused, str] = {}
     book = read_book(results, setting.scale)
     for fusion in fused:
-        done = book.has(fusion.name, fusion.split, fusion.seed, digest(fusion, setting))
-        if done or not all(is_finished(run, setting) for run in fusion.runs):
+        if has_result(book, fusion, setting) or not all(is_finished(run, setting) for run in fusion.runs):
             continue
         try:
             book = add_to_book(results, book_of_fusion(fusion, setting))
@@ -157,34 +171,34 @@ def fuse_finished(fused: Sequence[Fused], setting: Setting, results: Path) -> di
 # --- results -----------------------------------------------------------------------------------------------------
 
 
-def book_of_run(run: Run, setting: Setting, *, seconds: float, resumed: bool, gpus: int) -> Book:
-    """The result of a finished run."""
+def book_of_run(run: Run, setting: Setting, made_on: dict[str, Any], **spent: Any) -> Book:
+    """The result of a finished run. spent: seconds, resumed and gpus, as in an Entry."""
     config = run_config(run.config, setting)
     stream = stream_of(config)
     results = fuse_runs([folder(run, setting) / stream], config.fuse) if config.eval.num_taus else None
-    spent = {"steps": config.stream(stream).steps, "seconds": round(seconds, 1), "resumed": resumed, "gpus": gpus}
-    return _make_book(run, setting, results, stream, **spent)
+    return _make_book(run, setting, results, stream, made_on, steps=config.stream(stream).steps, **spent)
 
 
 def book_of_fusion(fused: Fused, setting: Setting) -> Book:
     """Fuse the two runs. Leaves results.json in the fusion's folder too. ValueError if there is no such fusion."""
-    started = time.monotonic()
+    made_on, started = describe(), time.monotonic()
     config = run_config(fused.fusion.temporal, setting)
     spatial, temporal = (folder(run, setting) for run in fused.runs)
-    results = fuse_runs([spatial / "spatial", temporal / "temporal"], config.fuse)
+    sources = [spatial / "spatial", temporal / "temporal"]
+    results = fuse_runs(sources, config.fuse, svm=fused.fusion.method == "svm")
     if fused.fusion.method not in results.scores:
         raise ValueError(results.no_svm)
     write_results(results, folder(fused, setting))
     spent = {"steps": 0, "seconds": round(time.monotonic() - started, 1), "resumed": False, "gpus": 0}
-    return _make_book(fused, setting, results, fused.fusion.method, **spent)
+    return _make_book(fused, setting, results, fused.fusion.method, made_on, **spent)
 
 
-def _make_book(job: Run | Fused, setting: Setting, results: Results | None, method: str, **spent: Any) -> Book:
-    runs = [job] if isinstance(job, Run) else job.runs
-    configs = {digest(run, setting): without_places(run_config(run.config, setting)) for run in runs}
-    made_on = describe()
+def _make_book(
+    job: Run | Fused, setting: Setting, results: Results | None, method: str, made_on: dict[str, Any], **spent: Any
+) -> Book:
+    configs = configs_behind(job, setting)
     correct, top5 = correctness(results, method) if results else ("", "")
-    data = data_name(next(iter(configs.values()))["data.root"])
+    data = data_name(configs[digest(job if isinstance(job, Run) else job.runs[0], setting)]["data.root"])
     lists = list_of(results, data) if results else {}
     entry = Entry(
         name=job.name,
@@ -203,11 +217,6 @@ def _make_book(job: Run | Fused, setting: Setting, results: Results | None, meth
     )
 
 
-def without_places(config: Config) -> dict[str, Any]:
-    """The config's values but for those that tell its runs apart."""
-    return {key: value for key, value in to_flat(config).items() if key not in ("data.split", "train.seed")}
-
-
 def data_name(root: str) -> str:
     """data/ucf101/packed -> ucf101"""
     return Path(root).parent.name or root
@@ -218,11 +227,15 @@ def data_name(root: str) -> str:
 
 def run(options: argparse.Namespace) -> None:
     """Do what is not done yet. Exits with 1 if anything failed."""
+    if options.set and not options.results:
+        raise ValueError(
+            "--set makes results of other settings, not to be mixed in: name a file for them by --results."
+        )
     setting = Setting(options.scale, options.data, options.runs, tuple(options.set))
     results = options.results or results_path(options.scale)
     runs, fused = plan(select_sources(options.names), options.seeds, options.splits, setting)
     book = read_book(results, setting.scale)
-    fused = [f for f in fused if not book.has(f.name, f.split, f.seed, digest(f, setting))]
+    fused = [fusion for fusion in fused if not has_result(book, fusion, setting)]
     needed = needed_runs(runs, fused, book, setting)
     check_data(needed, setting)
     print(f"{plural(len(runs), 'run')}, {len(needed)} to do; results in {results}", flush=True)
@@ -237,9 +250,10 @@ def read_books(paths: Sequence[Path] | None) -> list[Book]:
 
 
 def report(options: argparse.Namespace) -> None:
-    """Write the report of all results."""
+    """Write the report of all results, and of what findings.md beside them says, if there is one."""
     setting = Setting(options.scale, options.data, options.runs)
-    for path in write_report(read_books(options.results), setting, options.out):
+    findings = (options.results[0].parent if options.results else RESULTS) / FINDINGS
+    for path in write_report(read_books(options.results), setting, options.out, findings):
         print(path)
 
 
@@ -259,7 +273,7 @@ def main(arguments: list[str] | None = None) -> None:
     runner.add_argument("--set", nargs="+", default=[], metavar="key=value", help="on top of every config, to try out")
     reporter = commands.add_parser("report", help="all tables beside the paper's, as Markdown and HTML")
     reporter.set_defaults(do=report)
-    reporter.add_argument("--out", type=Path, default=RESULTS, help="folder of the report (default %(default)s)")
+    reporter.add_argument("--out", type=Path, default=RESULTS, help="folder of the report (default docs/experiments)")
     for command in (lister, reporter):
         command.add_argument("--results", type=Path, nargs="+", help="default: docs/experiments/results_*.json")
     for command, help_scale in ((runner, "of the runs"), (reporter, "of the runs that figures are drawn of")):

@@ -12,6 +12,7 @@ nets fit their training set perfectly the SVM has nothing to learn.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import math
 import re
 import sys
@@ -54,8 +55,12 @@ def source_group(video_id: str) -> str:
 
     UCF-101   Archery/v_Archery_g01_c04                         -> Archery/v_Archery_g01
     HMDB-51   wave/Fellowship_5_wave_u_cm_np1_fr_med_0          -> Fellowship_5
+    images    Archery/v_Archery_g01_c04/000010                  -> as the video whose frame it is
     others    the video id: every video is a group of its own
     """
+    # A frame has a class and a video before its six digits; an image n01440764/000017, or val/t-1/000017 of a tar, not.
+    if match := re.fullmatch(r"((?:(?:train|val)/)?+[^/]+/.+)/\d{6}", video_id):
+        return source_group(match[1])
     if match := re.fullmatch(r"(.+_g\d+)_c\d+", video_id):
         return match[1]
     folder, _, stem = video_id.rpartition("/")
@@ -172,12 +177,15 @@ def make_titles(names: Sequence[str], streams: Sequence[str], weights: Sequence[
     return {**own, **both}
 
 
-def fuse_runs(folders: Sequence[Path], config: FuseConfig, weights: Sequence[float] | None = None) -> Results:
+def fuse_runs(
+    folders: Sequence[Path], config: FuseConfig, weights: Sequence[float] | None = None, *, svm: bool = True
+) -> Results:
     """Scores of each source, and if there are several those of their average and of the SVM.
 
     Args:
         folders: of runs, each standing for all its streams, or of streams; any number from 1 on.
         weights: of the sources in the average, positive, in the order of the table; equal by default. The SVM has none.
+        svm: whether to fit one, which takes minutes for many training videos.
     There is no SVM, and `Results.no_svm` says why, if a source lacks scores of the training videos.
     Raises FileNotFoundError if scores are missing, ValueError if they are not of the same videos.
     """
@@ -195,7 +203,7 @@ def fuse_runs(folders: Sequence[Path], config: FuseConfig, weights: Sequence[flo
     no_svm = ""
     if len(test) > 1:
         scores["average"] = average(_values(test), weights)
-        train, no_svm = _training_scores(paths, names, test)
+        train, no_svm = _training_scores(paths, names, test) if svm else ([], "not asked for.")
         if not no_svm:
             groups = [source_group(str(video_id)) for video_id in train[0].video_ids]
             fitted = svm_scores(_values(train), train[0].labels, groups, _values(test), config)
@@ -249,11 +257,15 @@ def run_of(folder: Path) -> Path:
 
 
 def default_out(folders: Sequence[Path], weights: Sequence[float] | None) -> Path:
-    """Where results go: the folder itself, for which its own fusion is meant; a folder within it for any other."""
+    """Where results go: the folder itself, for which its own fusion is meant; a folder within it for any other.
+
+    Its name ends in digits of the other folders' whole paths, since runs of many experiments have one name.
+    """
     others = [
         str(folder.resolve().relative_to(run_of(folder).resolve().parent)).replace("/", "-") for folder in folders[1:]
     ]
-    name = f"-with-{'-'.join(others)}" if others else ""
+    digits = hashlib.sha256(repr([str(folder.resolve()) for folder in folders[1:]]).encode()).hexdigest()[:8]
+    name = f"-with-{'-'.join(others)}-{digits}" if others else ""
     name += f"-weights-{'-'.join(f'{weight:g}' for weight in weights)}" if weights else ""
     return folders[0] / f"fused{name}" if name else folders[0]
 

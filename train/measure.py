@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -10,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from train.fuse import source_group
+from train.plan import ALL_SPLITS
 from train.record import Book, Entry, parse_bits
 from train.statistics import bootstrap_pct, mean_pct
 from train.tables import TABLES, Comparison, Fusion, Table, source_name
@@ -17,16 +19,23 @@ from train.tables import TABLES, Comparison, Fusion, Table, source_name
 Floats = npt.NDArray[np.float64]
 Metric = Literal["accuracy", "top-5 error"]
 
+#: Seeds that it takes to claim an order: two that agree may do so by chance.
+MIN_SEEDS = 3
+
 
 @dataclass(frozen=True)
 class Measure:
-    """Mean in percent, or in points if it is a difference, over splits and seeds, with its 95 % interval."""
+    """Mean in percent, or in points if it is a difference, over splits and seeds, with its 95 % interval.
+
+    num_seeds: of the split that has the fewest. num_sources: of which the test videos are cut; one gives no interval.
+    """
 
     pct: float
     low: float
     high: float
     num_runs: int
     num_seeds: int
+    num_sources: int
     splits: tuple[int, ...]
 
     @property
@@ -46,10 +55,23 @@ class Samples:
     weights: Floats
 
 
-def entries_of(book: Book, source: str | Fusion) -> list[Entry]:
-    """The source's tested runs; where settings changed in between, those of the newest setting."""
-    found = [entry for entry in book.runs.values() if entry.name == source_name(source) and entry.correct]
-    return [entry for entry in found if entry.digest == found[-1].digest]
+def newest(book: Book) -> list[Entry]:
+    """What counts: of each run and fusion the newest setting, and of that on each split the newest test list."""
+    digests = {entry.name: entry.digest for entry in book.runs.values()}  # the newest is the last
+    found = [entry for entry in book.runs.values() if entry.digest == digests[entry.name]]
+    lists = {(entry.name, entry.split): entry.test_list for entry in found}
+    return [entry for entry in found if entry.test_list == lists[entry.name, entry.split]]
+
+
+def splits_of(book: Book, table: Table) -> tuple[int, ...]:
+    """Splits that our numbers of a table are over: at full scale the table's own, at mini scale all."""
+    return table.splits if book.scale == "full" else ALL_SPLITS
+
+
+def entries_of(book: Book, source: str | Fusion, splits: Sequence[int] = ALL_SPLITS) -> list[Entry]:
+    """The source's tested runs that count, on these splits."""
+    name = source_name(source)
+    return [entry for entry in newest(book) if entry.name == name and entry.correct and entry.split in splits]
 
 
 def gather(book: Book, entries: Sequence[Entry], metric: Metric = "accuracy") -> Samples:
@@ -70,18 +92,20 @@ def gather(book: Book, entries: Sequence[Entry], metric: Metric = "accuracy") ->
     return Samples(np.concatenate(values, axis=1), groups, np.concatenate(weights))
 
 
-def measure(book: Book, source: str | Fusion, metric: Metric = "accuracy") -> Measure | None:
-    """Accuracy, or top-5 error, of a source; None without a run, or without top-5 results."""
-    entries = entries_of(book, source)
+def measure(
+    book: Book, source: str | Fusion, metric: Metric = "accuracy", splits: Sequence[int] = ALL_SPLITS
+) -> Measure | None:
+    """Accuracy, or top-5 error, of a source on these splits; None without a run, or without top-5 results."""
+    entries = entries_of(book, source, splits)
     if not entries or (metric == "top-5 error" and not entries[-1].top5):
         return None
     return _summarise(gather(book, entries, metric), entries)
 
 
-def compare(book: Book, comparison: Comparison) -> Measure | None:
+def compare(book: Book, comparison: Comparison, splits: Sequence[int] = ALL_SPLITS) -> Measure | None:
     """Difference in points, paired video by video over the splits and seeds that both sides have; None without any."""
     better, than = (
-        {(entry.split, entry.seed, entry.test_list): entry for entry in entries_of(book, source)}
+        {(entry.split, entry.seed, entry.test_list): entry for entry in entries_of(book, source, splits)}
         for source in (comparison.better, comparison.than)
     )
     common = sorted(set(better) & set(than))
@@ -93,9 +117,16 @@ def compare(book: Book, comparison: Comparison) -> Measure | None:
 
 def _summarise(samples: Samples, entries: Sequence[Entry]) -> Measure:
     low, high = bootstrap_pct(samples.values, samples.groups, samples.weights)
-    splits = tuple(sorted({entry.split for entry in entries}))
-    seeds = {entry.seed for entry in entries}
-    return Measure(mean_pct(samples.values, samples.weights), low, high, len(entries), len(seeds), splits)
+    seeds = Counter(entry.split for entry in entries)
+    return Measure(
+        pct=mean_pct(samples.values, samples.weights),
+        low=low,
+        high=high,
+        num_runs=len(entries),
+        num_seeds=min(seeds.values()),
+        num_sources=len(set(samples.groups)),
+        splits=tuple(sorted(seeds)),
+    )
 
 
 def paper_difference(table: Table, comparison: Comparison) -> float:
@@ -106,6 +137,10 @@ def paper_difference(table: Table, comparison: Comparison) -> float:
 
 def reading(difference: Measure) -> str:
     """Whether the interval shows an order, and whether it is the paper's, which is positive in all comparisons."""
+    if difference.num_sources == 1:
+        return "one source: no claim"
+    if difference.num_seeds < MIN_SEEDS:
+        return f"{'one seed' if difference.num_seeds == 1 else f'{difference.num_seeds} seeds'}: no claim"
     if not difference.shows_order:
         return "no order shown"
     return "shown, as in the paper" if difference.pct > 0 else "shown, against the paper"

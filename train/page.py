@@ -38,7 +38,14 @@ class Image:
     caption: str
 
 
-Block = Heading | Text | Grid | Image
+@dataclass(frozen=True)
+class Prose:
+    """Markdown that someone wrote: paragraphs, lists of lines that begin with "- ", `code` and **bold**; no more."""
+
+    text: str
+
+
+Block = Heading | Text | Grid | Image | Prose
 
 
 def to_markdown(blocks: Sequence[Block]) -> str:
@@ -51,6 +58,8 @@ def _markdown(block: Block) -> str:
         return f"{'#' * block.level} {block.text}"
     if isinstance(block, Text):
         return block.text
+    if isinstance(block, Prose):
+        return block.text.strip()
     if isinstance(block, Image):
         return f"![{block.caption}]({block.name})\n\n{block.caption}"
     lines = [block.head, ["---"] * len(block.head), *block.rows]
@@ -72,6 +81,8 @@ def _html(block: Block) -> str:
         return f"<h{block.level}>{_inline(block.text)}</h{block.level}>"
     if isinstance(block, Text):
         return f"<p>{_inline(block.text)}</p>"
+    if isinstance(block, Prose):
+        return "\n".join(_prose(part) for part in re.split(r"\n\s*\n", block.text.strip()))
     if isinstance(block, Image):
         name, caption = html.escape(block.name), html.escape(block.caption)
         return f'<figure><img src="{name}" alt="{caption}"><figcaption>{caption}</figcaption></figure>'
@@ -80,9 +91,18 @@ def _html(block: Block) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>\n{rows}\n</tbody></table>"
 
 
+def _prose(part: str) -> str:
+    """What stands between two empty lines of prose, as HTML."""
+    paragraph, *items = re.split(r"^- ", part, flags=re.MULTILINE)
+    lines = [f"<p>{_inline(paragraph.strip())}</p>"] if paragraph.strip() else []
+    lines += ["<ul>", *(f"<li>{_inline(item.strip())}</li>" for item in items), "</ul>"] if items else []
+    return "\n".join(lines)
+
+
 def _inline(text: str) -> str:
-    """Plain text with `code` as HTML."""
-    return re.sub(r"`([^`]*)`", r"<code>\1</code>", html.escape(text))
+    """Plain text with `code` and **bold** as HTML."""
+    text = re.sub(r"`([^`]*)`", r"<code>\1</code>", html.escape(text))
+    return re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", text, flags=re.DOTALL)
 
 
 def plural(count: int, noun: str) -> str:

@@ -15,10 +15,10 @@ from flow.shard import write_bytes
 from loaders.index import open_index
 from train.figures import draw_confusion, draw_filters, draw_flow, draw_recall, draw_stacking
 from train.fuse import source_group
-from train.measure import Measure, compare, measure, paper_difference, reading
-from train.page import Block, Grid, Heading, Image, Text, plural, to_html, to_markdown
-from train.plan import Fused, Run, Setting, folder, locate, run_config
-from train.record import Book
+from train.measure import Measure, compare, measure, newest, paper_difference, reading, splits_of
+from train.page import Block, Grid, Heading, Image, Prose, Text, plural, to_html, to_markdown
+from train.plan import MINI_CHANGES, MINI_LIMIT_S, Fused, Run, Setting, folder, locate, run_config
+from train.record import Book, Entry
 from train.tables import TABLES, UCF_SVM, Cell, Table, describe_source
 
 logger = logging.getLogger(__name__)
@@ -46,14 +46,15 @@ def list_rows(books: Sequence[Book]) -> str:
 
 
 def _short(book: Book, table: Table, cell: Cell) -> str:
-    value = None if cell.source is None else measure(book, cell.source, table.metric)
+    value = None if cell.source is None else measure(book, cell.source, table.metric, splits_of(book, table))
     if value is None:
         return ""
-    return f"{value.pct:.1f} +- {(value.high - value.low) / 2:.1f} ({plural(value.num_runs, 'run')}, {book.scale})"
+    interval = f" +- {(value.high - value.low) / 2:.1f}" if value.num_sources > 1 else ""
+    return f"{value.pct:.1f}{interval} ({plural(value.num_runs, 'run')}, {book.scale})"
 
 
-def report_blocks(books: Sequence[Book], images: Sequence[Image]) -> list[Block]:
-    """The whole report."""
+def report_blocks(books: Sequence[Book], findings: str, images: Sequence[Image]) -> list[Block]:
+    """The whole report. findings: prose, what the tables show in someone's eyes; may be empty."""
     blocks: list[Block] = [
         Heading("The paper's experiments, and ours", 1),
         Text(
@@ -66,48 +67,65 @@ def report_blocks(books: Sequence[Book], images: Sequence[Image]) -> list[Block]
     blocks.append(
         Text(
             "Numbers are means over splits and seeds, in percent. Intervals, 95 %, are bootstrapped over the sources "
-            "of the test videos and over seeds; with one seed they tell of the choice of test videos alone. Of twenty "
-            "intervals one misses by chance."
+            "of the test videos and over seeds; with one seed they tell of the choice of test videos alone, and an "
+            "order is claimed from three seeds on. Of twenty intervals one misses by chance."
         )
     )
     for table in TABLES:
         blocks += _table_blocks(table, books)
+    if findings.strip():
+        blocks += [Heading("Findings"), Prose(findings)]
     if images:
         blocks += [Heading("Figures"), *images]
     return blocks
 
 
 def _setting_blocks(book: Book) -> list[Block]:
-    """What data, nets and machine the results of a scale come from."""
-    if not book.runs:
+    """What data, nets and machines the results of a scale come from."""
+    entries = newest(book)
+    trained = [entry for entry in entries if entry.steps]
+    if not trained:
         return []
     titles = {"full": "the paper's own setting", "mini": "small sets, small nets, short schedules"}
-    values = list(book.configs.values())
-    steps = {entry.steps for entry in book.runs.values() if entry.steps}
-    seconds = [entry.seconds for entry in book.runs.values() if entry.steps and not entry.resumed]
-    machines = {
-        f"{plural(on['machine']['cores'], 'core')} of {on['machine']['cpu']}"
-        + (f", {len(on['machine']['gpus'])} x {on['machine']['gpus'][0]}" if on["machine"]["gpus"] else "")
-        for on in book.made_on.values()
-    }
+    values = [book.configs[entry.digest] for entry in trained]
+    machines = {_machine(book.made_on[entry.made_on]["machine"], entry.gpus) for entry in trained}
     text = (
         f"Nets of width {_each(c['model.width'] for c in values)}, crops of "
         f"{_each(c['data.crop_px'] for c in values)} px, batches of "
-        f"{_each(c['train.batch_size'] for c in values)}, {_each(steps)} steps. "
-        f"{plural(len(book.runs), 'result')} on {'; '.join(sorted(machines))}"
+        f"{_each(c['train.batch_size'] for c in values)}, {_each(entry.steps for entry in trained)} steps. "
+        f"{plural(len(entries), 'result')} on {'; '.join(sorted(machines))}{_times(book, trained)}."
     )
-    if seconds:
-        text += f"; a run took {median(seconds):.0f} s in the median, {max(seconds):.0f} s at most"
-    return [Heading(f"Scale `{book.scale}`: {titles[book.scale]}"), Text(text + "."), _data_grid(book)]
+    blocks: list[Block] = [Heading(f"Scale `{book.scale}`: {titles[book.scale]}"), Text(text)]
+    if book.scale == "mini":
+        blocks.append(Grid(["of the paper's setting", "at mini scale"], MINI_CHANGES))
+    return [*blocks, _data_grid(book, entries)]
 
 
 def _each(values: Any) -> str:
     return ", ".join(f"{value:,g}" for value in sorted(set(values)))
 
 
-def _data_grid(book: Book) -> Grid:
+def _machine(machine: dict[str, Any], gpus: int) -> str:
+    used = f", {gpus} x {machine['gpus'][0]}" if gpus else ""
+    return f"{plural(machine['cores'], 'core')} of {machine['cpu']}{used}"
+
+
+def _times(book: Book, trained: Sequence[Entry]) -> str:
+    """How long runs took, of those that were not stopped in between, and how many took longer than is meant."""
+    seconds = [entry.seconds for entry in trained if not entry.resumed]
+    if not seconds:
+        return ""
+    text = f"; a run took {median(seconds):.0f} s in the median, {max(seconds):.0f} s at most"
+    if book.scale == "mini":
+        num_longer = sum(value > MINI_LIMIT_S for value in seconds)
+        text += f"; {num_longer:,} of {plural(len(seconds), 'run')} took more than {MINI_LIMIT_S} s"
+    return text
+
+
+def _data_grid(book: Book, entries: Sequence[Entry]) -> Grid:
     rows = []
-    for content in sorted(book.lists.values(), key=lambda content: (content["data"], content["split_list"])):
+    lists = [book.lists[key] for key in {entry.test_list for entry in entries if entry.test_list}]
+    for content in sorted(lists, key=lambda content: (content["data"], content["split_list"])):
         ids, num_classes = content["video_ids"], content["num_classes"]
         sources = len({source_group(video_id) for video_id in ids})
         rows.append([content["data"], content["split_list"], str(num_classes), f"{len(ids):,}", f"{sources:,}",
@@ -121,16 +139,19 @@ def _table_blocks(table: Table, books: Sequence[Book]) -> list[Block]:
     head = ["row", "column", "config", "paper", *(f"ours, {book.scale}" for book in books)]
     rows = []
     for cell in table.cells:
-        ours = [_long(measure(book, cell.source, table.metric) if cell.source else None) for book in books]
+        ours = [
+            _long(measure(book, cell.source, table.metric, splits_of(book, table)) if cell.source else None)
+            for book in books
+        ]
         source = "published" if cell.source is None else f"`{describe_source(cell.source)}`"
         rows.append([cell.row, cell.column, source, f"{cell.paper_pct:.1f}", *ours])
     blocks.append(Grid(head, rows))
     for book in books:
         rows = []
         for comparison in table.comparisons:
-            if found := compare(book, comparison):
+            if found := compare(book, comparison, splits_of(book, table)):
                 paper = f"{paper_difference(table, comparison):+.1f}"
-                points = f"{found.pct:+.1f} ({found.low:+.1f} to {found.high:+.1f}), {plural(found.num_runs, 'pair')}"
+                points = f"{found.pct:+.1f} ({_interval(found, '+.1f')}), {plural(found.num_runs, 'pair')}"
                 rows.append([comparison.what, paper, points, reading(found)])
         if rows:
             blocks.append(Text(f"Paired differences in points, scale `{book.scale}`:"))
@@ -142,7 +163,13 @@ def _long(value: Measure | None) -> str:
     if value is None:
         return UNKNOWN
     splits = f"split{'s' * (len(value.splits) != 1)} {', '.join(map(str, value.splits))}"
-    return f"{value.pct:.1f} ({value.low:.1f} to {value.high:.1f}), {plural(value.num_runs, 'run')} on {splits}"
+    return f"{value.pct:.1f} ({_interval(value, '.1f')}), {plural(value.num_runs, 'run')} on {splits}"
+
+
+def _interval(value: Measure, digits: str) -> str:
+    if value.num_sources == 1:
+        return "all test videos from one source, no interval"
+    return f"{value.low:{digits}} to {value.high:{digits}}"
 
 
 # --- figures -----------------------------------------------------------------------------------------------------
@@ -176,19 +203,22 @@ def draw_figures(setting: Setting, out: Path) -> None:
 def _draw(name: str, out: Path, draw: Callable[[Path], Any]) -> None:
     try:
         draw(out / name)
-    except (ValueError, OSError) as error:  # a run in work, say
+    except (ValueError, OSError, ImportError) as error:  # a run in work, say, or no matplotlib
         logger.warning("%s is not drawn: %s", name, error)
 
 
 # --- the files ---------------------------------------------------------------------------------------------------
 
 
-def write_report(books: Sequence[Book], setting: Setting, out: Path) -> list[Path]:
-    """Write report.md and report.html, with the figures beside them. Returns their paths."""
+def write_report(books: Sequence[Book], setting: Setting, out: Path, findings: Path) -> list[Path]:
+    """Write report.md and report.html, with the figures beside them. Returns their paths.
+
+    findings: file of prose that goes into it as it is (see `train.page.Prose`), if it is there.
+    """
     out.mkdir(parents=True, exist_ok=True)
     draw_figures(setting, out)
     images = [Image(name, caption) for name, caption in CAPTIONS.items() if (out / name).exists()]
-    blocks = report_blocks(books, images)
+    blocks = report_blocks(books, findings.read_text("utf-8") if findings.exists() else "", images)
     pages = {out / "report.md": to_markdown(blocks), out / "report.html": to_html(blocks)}
     for path, page in pages.items():
         write_bytes(path, page.encode())

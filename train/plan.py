@@ -6,15 +6,8 @@
 A run is shared by all tables that need it. Where a config begins with the net of another, `init:
 runs/OTHER/STREAM/checkpoint.pt`, the other's run of the same scale and seed comes first.
 
-At full scale a run is what its config says. At mini scale the config is changed as follows, so that it trains in
-minutes on two CPU cores, whatever the table:
-
-    data sets         ucf101 -> ucf101_mini, hmdb51 -> jhmdb_mini, imagenet -> imagenet_mini
-    net and input     a quarter of the width, 84-px crops (of 96-px frames)
-    schedule          batches of 32; steps and milestones divided by 200
-    dropout           0.5 where it is 0.9, which would leave too few units of a narrow layer; Table 1a keeps its two
-    tests             5 stacks a video at most; training videos are scored, with one, only where an SVM is fitted
-    added classes     all: the small sets have none in common
+At full scale a run is what its config says. At mini scale the config is changed as MINI_CHANGES says, so that it
+trains in minutes on two CPU cores, whatever the table.
 """
 
 from __future__ import annotations
@@ -27,7 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from train.config import Config, from_flat, resolve_config, to_flat
+from train.config import Config, from_flat, resolve_config, short_hash, to_flat
 from train.engine import CHECKPOINT
 from train.tables import PRETRAINING, TABLES, Fusion, configs_of, select_tables, svm_configs
 
@@ -45,6 +38,32 @@ MINI_SCHEDULE_DIVISOR = 200
 MINI_DROPOUT = 0.5
 MINI_TAUS, MINI_TAUS_TRAIN = 5, 1
 MINI_SETS = {"ucf101": "ucf101_mini", "hmdb51": "jhmdb_mini", "imagenet": "imagenet_mini"}
+MINI_SIZE_PX = 96
+
+#: What a run may take at mini scale, on two cores.
+MINI_LIMIT_S = 240
+
+#: What the numbers above, and `mini_values`, change, in words.
+MINI_CHANGES = (
+    ("data sets", ", ".join(f"`{mini}` for `{full}`" for full, mini in MINI_SETS.items())),
+    ("`imagenet_mini`", "frames of clips of other classes than those that are tested on, not ImageNet"),
+    ("net", f"{MINI['model.width']:g} of the width"),
+    ("input", f"crops of {MINI['data.crop_px']} px, of frames whose smaller side is {MINI_SIZE_PX} px"),
+    (
+        "schedule",
+        f"batches of {MINI['train.batch_size']}; steps and milestones divided by {MINI_SCHEDULE_DIVISOR}",
+    ),
+    (
+        "dropout",
+        f"{MINI_DROPOUT} in place of 0.9, which would leave too few units of a narrow layer; Table 1a keeps its two",
+    ),
+    (
+        "tests",
+        f"{MINI_TAUS} stacks a video at most; for an SVM training videos are scored too, with {MINI_TAUS_TRAIN}",
+    ),
+    ("added classes", "all: the small sets have none in common"),
+    ("splits", "all three are pooled, whatever the table: the few test clips of one tell little"),
+)
 
 
 @dataclass(frozen=True)
@@ -122,7 +141,10 @@ def plan(
     Args:
         splits: official splits; None: the sources' own at full scale, all three at mini scale, where the few test
             clips of one tell little.
+    Raises ValueError for fewer seeds than one, or splits that there are not.
     """
+    if seeds < 1 or not set(splits or ALL_SPLITS) <= set(ALL_SPLITS):
+        raise ValueError(f"--seeds {seeds}, --splits {splits}: expected 1 seed or more, and splits of {ALL_SPLITS}.")
     runs: dict[Run, None] = {}
     fused: list[Fused] = []
     for seed in range(seeds):
@@ -169,7 +191,7 @@ def run_config(name: str, setting: Setting) -> Config:
 
 
 def mini_values(name: str) -> dict[str, Any]:
-    """What becomes of a config at mini scale: {key: value}, as the head of this file says."""
+    """What becomes of a config at mini scale: {key: value}, as MINI_CHANGES says."""
     flat = to_flat(resolve_config(name))
     table1a = {cell.source for table in select_tables(["table1a"]) for cell in table.cells}
     values = dict(MINI)
@@ -198,18 +220,33 @@ def stream_of(config: Config) -> str:
     return config.train.streams[0]
 
 
-def config_digest(config: Config) -> str:
-    """Eight hexadecimal digits of all values that are not the defaults, so that a new key leaves results valid."""
-    default = to_flat(Config())
-    own = sorted((key, value) for key, value in to_flat(config).items() if value != default[key])
-    return hashlib.sha256(repr(own).encode()).hexdigest()[:8]
-
-
 def digest(job: Run | Fused, setting: Setting) -> str:
-    """Eight digits that change with any setting of the run, or of the fusion's two; not with split, seed or paths."""
-    if isinstance(job, Run):
-        return config_digest(run_config(job.config, setting))
-    return hashlib.sha256("".join(digest(run, setting) for run in job.runs).encode()).hexdigest()[:8]
+    """Eight digits that change with any setting of the run, of those that it begins with, or of the fusion's two.
+
+    They do not change with split, seed, paths, or a key that is new; nor with a default, for which see `Book.agrees`.
+    """
+    if isinstance(job, Fused):
+        return _join(digest(run, setting) for run in job.runs)
+    first, own = beginning(job, setting), short_hash(run_config(job.config, setting))
+    return own if first is None else _join([digest(first, setting), own])
+
+
+def _join(digests: Iterable[str]) -> str:
+    return hashlib.sha256("".join(digests).encode()).hexdigest()[:8]
+
+
+def configs_behind(job: Run | Fused, setting: Setting) -> dict[str, dict[str, Any]]:
+    """Digest -> values, but for those that tell its runs apart, of every config whose net has a part in the job."""
+    runs = [job] if isinstance(job, Run) else job.runs
+    return {
+        digest(part, setting): {
+            key: value
+            for key, value in to_flat(run_config(part.config, setting)).items()
+            if key not in ("data.split", "train.seed")
+        }
+        for run in runs
+        for part in with_beginnings(run, setting)
+    }
 
 
 def folder(job: Run | Fused, setting: Setting) -> Path:
@@ -237,29 +274,3 @@ def launch_arguments(run: Run, setting: Setting) -> list[str]:
 def locate(root: str, setting: Setting) -> Path:
     """Where a config's data set lies: data/ucf101/packed -> DATA/ucf101/packed."""
     return setting.data / Path(root).relative_to("data") if Path(root).parts[0] == "data" else Path(root)
-
-
-#: Data set of the configs -> the command that packs it; SIZE is that of its frames.
-PACKING = {
-    "ucf101": "python -m flow.pack --videos UCF-101 --splits ucfTrainTestlist --dataset ucf101 --backward",
-    "jhmdb": "python -m flow.pack --videos JHMDB --splits testTrainMulti_7030_splits --dataset hmdb51 --backward",
-    "hmdb51": "python -m flow.pack --videos HMDB51 --splits testTrainMulti_7030_splits --dataset hmdb51 --backward",
-    "imagenet": "python -m flow.images --train ILSVRC2012/train --val ILSVRC2012/val",
-    "imagenet_mini": "python -m flow.images --train FOLDER_OF_CLASS_FOLDERS_OF_VIDEOS --every 5",
-}
-
-
-def check_data(runs: Iterable[Run], setting: Setting) -> None:
-    """Raise ValueError naming the command that makes it if a packed data set that the runs need is not there."""
-    roots: dict[str, None] = {}
-    for run in runs:
-        config = run_config(run.config, setting)
-        roots.update(dict.fromkeys([config.data.root, *config.stream(stream_of(config)).extra_roots]))
-    for root in roots:
-        path = locate(root, setting)
-        if not (path / "dataset.json").exists():
-            name = Path(root).parts[-2] if len(Path(root).parts) > 1 else root
-            command = PACKING.get(name) or PACKING.get(name.removesuffix("_mini"))
-            size = " --size 96" if name.endswith("_mini") else ""
-            how = f": {command}{size} --out {path}" if command else " with flow.pack"
-            raise ValueError(f"{path} is no packed data set. Pack it{how}; or name the folder of all sets by --data.")

@@ -1,7 +1,7 @@
 """The results file of the experiments: every run's and fusion's correctness by test video, and what made it.
 
     scale      "mini" or "full"
-    configs    digest -> the resolved config, without split, seed and machine
+    configs    digest -> the resolved config, defaults included, without split, seed and machine
     lists      key -> {data, split_list, dataset, num_classes, video_ids}: a test list, stored once
     made_on    key -> {machine, versions, commit}
     runs       one Entry each, the newest last
@@ -11,12 +11,8 @@ The report needs nothing else. Several processes may add to one file.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from flow.resume import hold
 from flow.shard import write_json
 from train.plan import Scale
 from train.results import TOP, Results
@@ -73,8 +70,26 @@ class Book:
         entry = self.runs.get((name, split, seed))
         return entry is not None and entry.digest == digest
 
+    def agrees(self, configs: dict[str, dict[str, Any]]) -> bool:
+        """Whether configs {digest: values} are as in this book, of the digests and keys that both know.
+
+        Digests leave out what is at its default; where a default has changed, digests are equal and values are not.
+        """
+        stored = {digest: self.configs.get(digest, {}) for digest in configs}
+        return all(
+            configs[digest].get(key, value) == value for digest in configs for key, value in stored[digest].items()
+        )
+
     def update(self, other: Book) -> None:
-        """Take in what another book holds; it replaces results of the same name, split and seed."""
+        """Take in what another book holds; it replaces results of the same name, split and seed.
+
+        Results of a config that has other values there, since a default has changed, go, and so do their fusions.
+        """
+        outdated = {digest for digest, config in other.configs.items() if not self.agrees({digest: config})}
+        names = {entry.name for entry in self.runs.values() if entry.digest in outdated}
+        for key, entry in list(self.runs.items()):
+            if not names.isdisjoint(entry.name.partition(":")[0].split("+")):
+                del self.runs[key]
         for part in ("configs", "lists", "made_on"):
             getattr(self, part).update(getattr(other, part))
         for key, entry in other.runs.items():
@@ -144,28 +159,8 @@ def write_book(book: Book, path: Path) -> None:
 def add_to_book(path: Path, news: Book) -> Book:
     """Merge new results into the file, which other processes may do at the same time. Returns what it holds now."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with locked(path.parent, wait=True):
+    with hold(path.with_name(f".{path.name}.lock"), wait=True):
         book = read_book(path, news.scale)
         book.update(news)
         write_book(book, path)
     return book
-
-
-@contextmanager
-def locked(folder: Path, *, wait: bool = False) -> Iterator[int | None]:
-    """Hold a folder for this process. Yields the lock's file descriptor, or None if another has it and `wait` is not.
-
-    A child that inherits the descriptor holds the lock as long as it lives. The lock is on the folder itself, and
-    leaves nothing in it.
-    """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        os.close(descriptor)
-        yield None
-        return
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
