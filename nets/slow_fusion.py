@@ -26,8 +26,8 @@ class MergeFrames(nn.Module):
     """Puts the time steps that a convolution sees at once side by side, as channels of one image.
 
     (num_steps * N, C, H, W) -> (num_merged * N, extent * C, H, W), time step after time step. With a convolution of
-    extent * C channels behind it, that is a convolution in space and time, by 2-D kernels, which are the fast ones; with
-    time outermost, what is put together lies in one piece, in any memory format.
+    extent * C channels behind it, that is a convolution in space and time, by 2-D kernels, which are the fast ones.
+    With time outermost what is put together lies in one piece, in any memory format.
     """
 
     def __init__(self, num_steps: int, extent: int, stride: int) -> None:

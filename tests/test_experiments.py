@@ -871,3 +871,9 @@ def test_figures_whose_runs_are_at_hand_are_drawn(tmp_path, packed_demo, monkeyp
         ("draw_filters", run, "fig4.png"), ("draw_confusion", fused, "fig5.png"), ("draw_recall", fused, "fig6.png"),
     ]  # fmt: skip
     assert (tmp_path / "fig2.png").stat().st_size > 1000 and (tmp_path / "fig3.png").stat().st_size > 1000
+
+    shown = []
+    for name in ("draw_flow", "draw_stacking"):
+        monkeypatch.setattr(paper_report, name, lambda data, video, path: shown.append((data, video, path.name)))
+    paper_report.draw_figures(Setting(data=tmp_path, runs=tmp_path), tmp_path, (packed_demo, "a/b"))
+    assert shown == [(packed_demo, "a/b", "fig2.png"), (packed_demo, "a/b", "fig3.png")]

@@ -253,7 +253,8 @@ def report(options: argparse.Namespace) -> None:
     """Write the report of all results, and of what findings.md beside them says, if there is one."""
     setting = Setting(options.scale, options.data, options.runs)
     findings = (options.results[0].parent if options.results else RESULTS) / FINDINGS
-    for path in write_report(read_books(options.results), setting, options.out, findings):
+    clip = (Path(options.clip[0]), options.clip[1]) if options.clip else None
+    for path in write_report(read_books(options.results), setting, options.out, findings, clip):
         print(path)
 
 
@@ -274,6 +275,12 @@ def main(arguments: list[str] | None = None) -> None:
     reporter = commands.add_parser("report", help="all tables beside the paper's, as Markdown and HTML")
     reporter.set_defaults(do=report)
     reporter.add_argument("--out", type=Path, default=RESULTS, help="folder of the report (default docs/experiments)")
+    reporter.add_argument(
+        "--clip",
+        nargs=2,
+        metavar=("PACKED", "VIDEO"),
+        help="what figures 2 and 3 show, where frames may not be published",
+    )
     for command in (lister, reporter):
         command.add_argument("--results", type=Path, nargs="+", help="default: docs/experiments/results_*.json")
     for command, help_scale in ((runner, "of the runs"), (reporter, "of the runs that figures are drawn of")):

@@ -183,16 +183,20 @@ CAPTIONS = {
 }
 
 
-def draw_figures(setting: Setting, out: Path) -> None:
-    """Draw the figures whose data or runs, of split 1 and seed 0, are at hand; the others stay as they are."""
+def draw_figures(setting: Setting, out: Path, clip: tuple[Path, str] | None = None) -> None:
+    """Draw the figures whose data or runs, of split 1 and seed 0, are at hand; the others stay as they are.
+
+    clip: packed set and video id of figures 2 and 3; None: the first test video of the runs' own set, if at hand.
+    """
     packed = locate(run_config("flow_L10", setting).data.root, setting)
+    if clip is None and (packed / "dataset.json").exists():
+        index = open_index(packed)
+        clip = packed, index.video_ids(index.split("split1_test")[:1])[0]
     run = folder(Run("flow_L10", 1, 0), setting)
     fused = folder(Fused(UCF_SVM, 1, 0), setting) / "results.json"
-    if (packed / "dataset.json").exists():
-        index = open_index(packed)
-        video = index.video_ids(index.split("split1_test")[:1])[0]
-        _draw("fig2.png", out, lambda path: draw_flow(packed, video, path))
-        _draw("fig3.png", out, lambda path: draw_stacking(packed, video, path))
+    if clip is not None:
+        _draw("fig2.png", out, lambda path: draw_flow(*clip, path))
+        _draw("fig3.png", out, lambda path: draw_stacking(*clip, path))
     if run.exists():
         _draw("fig4.png", out, lambda path: draw_filters(run, path))
     if fused.exists():
@@ -210,13 +214,16 @@ def _draw(name: str, out: Path, draw: Callable[[Path], Any]) -> None:
 # --- the files ---------------------------------------------------------------------------------------------------
 
 
-def write_report(books: Sequence[Book], setting: Setting, out: Path, findings: Path) -> list[Path]:
+def write_report(
+    books: Sequence[Book], setting: Setting, out: Path, findings: Path, clip: tuple[Path, str] | None = None
+) -> list[Path]:
     """Write report.md and report.html, with the figures beside them. Returns their paths.
 
-    findings: file of prose that goes into it as it is (see `train.page.Prose`), if it is there.
+    findings: file of prose that goes into it as it is (see `train.page.Prose`), if it is there. clip: as in
+    `draw_figures`.
     """
     out.mkdir(parents=True, exist_ok=True)
-    draw_figures(setting, out)
+    draw_figures(setting, out, clip)
     images = [Image(name, caption) for name, caption in CAPTIONS.items() if (out / name).exists()]
     blocks = report_blocks(books, findings.read_text("utf-8") if findings.exists() else "", images)
     pages = {out / "report.md": to_markdown(blocks), out / "report.html": to_html(blocks)}
