@@ -450,7 +450,10 @@ def test_what_another_process_finished_meanwhile_is_taken_over(bench):
     ("arguments", "message"),
     [
         (["run", "table9"], "error: nothing is called 'table9'"),
-        (["run", "flow_L10", "--data", "/nowhere"], "error: /nowhere/ucf101_mini/packed is no packed data set"),
+        (
+            ["run", "flow_L10", "--data", "/nowhere", "--results", "r"],
+            "error: /nowhere/ucf101_mini/packed is no packed data set",
+        ),
         (["run", "flow_L10", "--set", "temporal.lrr=1", "--results", "r"], "error: unknown config key 'temporal.lrr'"),
         (["run", "flow_L10", "--set", "temporal.lr=1"], "error: --set makes results .*by --results"),
         (["run", "flow_L10", "--seeds", "0"], "error: --seeds 0.* expected 1 seed or more"),
