@@ -1,18 +1,15 @@
 """Displacement fields from pairs of frames: a dict of methods, each with the exact parameters it runs with.
 
-Measured on one core: mean end-point error over the six Middlebury pairs of known motion, and time per pair at 341x256.
+What each costs and how far it is off: benchmarks/flow_accuracy.py and flow_extraction.py, and the README's table.
 
-    method      error px   ms per pair
-    farneback      0.79          25
-    dis            0.33          13      default: the most accurate and the fastest
-    tvl1           0.76        2600      0.20 without Urban2, whose 22 px are too much for its five scales
-
-TV-L1 stands nearest to the method of the paper's experiments (Brox et al. 2004; sec. 5), and is the finest on small
-motion, but a second and more per pair is a cluster's job.
+    on the CPU               farneback, dis, tvl1, deepflow     of OpenCV
+    on the CPU or a GPU      brox                               of ours (`flow.brox`), the paper's method (sec. 5)
+    on a GPU                 nvof                               the GPU's own flow engine, by DALI (`flow.nvof`)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from types import ModuleType
 from typing import Any
 
@@ -26,86 +23,204 @@ Field = npt.NDArray[np.float32]
 
 DEFAULT_METHOD = "dis"
 
+#: Methods that can run on a GPU; the others run on the CPU alone.
+GPU_METHODS = frozenset({"brox", "nvof"})
+
 
 @dataclass(frozen=True)
 class FlowMethod:
     """A way to compute displacement: `method(grey0, grey1)` maps two frames (H, W) uint8 to the field of grey0.
 
     The field is (2, H, W) float32 px/frame, channels dx, dy: grey0[y, x] is found again at grey1[y + dy, x + dx].
+    `method.batch` does the same for many pairs at once, best for `batch_pairs` of them.
     Raises ValueError if the frames differ in shape, or the method yields values that are not finite.
     """
 
     name: str
     parameters: dict[str, Any]
+    library: str
     version: str
-    _calc: Callable[[Grey, Grey], npt.NDArray[np.float32]]
+    batch_pairs: int
+    _calc: Callable[[Grey, Grey], Field]
 
     def __call__(self, grey0: Grey, grey1: Grey) -> Field:
-        if grey0.shape != grey1.shape or grey0.ndim != 2 or grey0.dtype != np.uint8 or grey1.dtype != np.uint8:
+        return self.batch(grey0[None], grey1[None])[0]
+
+    def batch(self, grey0: Grey, grey1: Grey) -> Field:
+        """Fields (N, 2, H, W) float32 px/frame of the pairs grey0[i], grey1[i]: two arrays (N, H, W) uint8."""
+        if grey0.shape != grey1.shape or grey0.ndim != 3 or grey0.dtype != np.uint8 or grey1.dtype != np.uint8:
             raise ValueError(
-                f"grey0 is {grey0.dtype} {grey0.shape}, grey1 {grey1.dtype} {grey1.shape}: expected two uint8 (H, W)."
+                f"grey0 is {grey0.dtype} {grey0.shape[1:]}, grey1 {grey1.dtype} {grey1.shape[1:]}: expected two uint8 "
+                "(H, W)."
             )
-        field = self._calc(grey0, grey1)  # (H, W, 2)
-        if not np.isfinite(field).all():
-            raise ValueError(f"{self.name} yielded displacements that are not finite, on frames of {grey0.shape}.")
-        return np.ascontiguousarray(field.transpose(2, 0, 1), np.float32)
+        fields = self._calc(grey0, grey1)
+        if not np.isfinite(fields).all():
+            raise ValueError(f"{self.name} yielded displacements that are not finite, on frames of {grey0.shape[1:]}.")
+        return fields
 
     def metadata(self) -> dict[str, Any]:
         """What `dataset.json` records under "flow"."""
         return {
             "method": self.name,
             "parameters": self.parameters,
-            "library": "opencv-contrib-python",
+            "library": self.library,
             "version": self.version,
         }
 
 
-def flow_method(name: str = DEFAULT_METHOD) -> FlowMethod:
+def flow_method(
+    name: str = DEFAULT_METHOD, device: str = "cpu", parameters: Mapping[str, Any] | None = None
+) -> FlowMethod:
     """A method by its name. Sets OpenCV to one thread in this process: packing is parallel by video.
 
+    device: "cpu", "cuda" or "cuda:1". parameters: values in the place of the defaults, by the names that `metadata`
+    lists; those of one method only.
     Make one for every video: then nothing can be carried over from the video before.
+    Raises ValueError for an unknown method or parameter, and for a device that the method cannot use.
     """
     if name not in FLOW_METHODS:
         raise ValueError(f"method {name!r} is unknown; there are {', '.join(FLOW_METHODS)}.")
-    cv2 = import_cv2()
-    cv2.setNumThreads(1)
-    return FLOW_METHODS[name](cv2)
+    if device != "cpu" and name not in GPU_METHODS:
+        raise ValueError(f"{name} runs on the CPU, not on {device!r}; on a GPU run {', '.join(sorted(GPU_METHODS))}.")
+    import_cv2().setNumThreads(1)
+    return FLOW_METHODS[name](device, parameters or {})
 
 
-def _farneback(cv2: ModuleType) -> FlowMethod:
-    parameters = {
+def merge_parameters(name: str, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults with the given values in their places, in the type of the default. Raises ValueError."""
+    merged = dict(defaults)
+    for key, value in given.items():
+        if key not in defaults:
+            near = get_close_matches(key, defaults, 1)
+            hint = f"; did you mean {near[0]}?" if near else "."
+            raise ValueError(f"{name} has no parameter {key!r}{hint} There are {', '.join(defaults)}.")
+        kind = type(defaults[key])
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if type(value) is not kind:
+            raise ValueError(f"{name}: {key}={value!r} is no {kind.__name__}; the default is {defaults[key]!r}.")
+        merged[key] = value
+    return merged
+
+
+# --- OpenCV ------------------------------------------------------------------------------------------------------
+
+
+def _opencv(name: str, parameters: dict[str, Any], calc: Callable[[Grey, Grey], npt.NDArray[np.float32]]) -> FlowMethod:
+    """A method of OpenCV: `calc` maps two frames to (H, W, 2)."""
+
+    def batch(grey0: Grey, grey1: Grey) -> Field:
+        fields = np.empty((len(grey0), 2, *grey0.shape[1:]), np.float32)
+        for field, frame0, frame1 in zip(fields, grey0, grey1, strict=True):
+            field[:] = calc(frame0, frame1).transpose(2, 0, 1)
+        return fields
+
+    return FlowMethod(name, parameters, "opencv-contrib-python", import_cv2().__version__, 1, batch)
+
+
+def _farneback(device: str, given: Mapping[str, Any]) -> FlowMethod:
+    defaults = {
         "pyr_scale": 0.5, "levels": 5, "winsize": 15, "iterations": 3, "poly_n": 5, "poly_sigma": 1.1, "flags": 0
     }  # fmt: skip
+    parameters = merge_parameters("farneback", defaults, given)
+    cv2 = import_cv2()
+    return _opencv(
+        "farneback", parameters, lambda grey0, grey1: cv2.calcOpticalFlowFarneback(grey0, grey1, None, **parameters)
+    )
 
-    def calc(grey0: Grey, grey1: Grey) -> Field:
-        field: Field = cv2.calcOpticalFlowFarneback(grey0, grey1, None, **parameters)
-        return field
 
-    return FlowMethod("farneback", parameters, cv2.__version__, calc)
-
-
-def _dis(cv2: ModuleType) -> FlowMethod:
+def _dis(device: str, given: Mapping[str, Any]) -> FlowMethod:
+    cv2 = import_cv2()
     solver = cv2.DISOpticalFlow.create(cv2.DISOpticalFlow_PRESET_MEDIUM)
-    return _from_solver("dis", {"preset": "medium"}, solver, cv2)
+    return _from_solver("dis", {"preset": "medium"}, solver, given)
 
 
-def _tvl1(cv2: ModuleType) -> FlowMethod:
+def _tvl1(device: str, given: Mapping[str, Any]) -> FlowMethod:
+    return _from_solver("tvl1", {}, _contrib("TV-L1").DualTVL1OpticalFlow.create(), given)
+
+
+def _deepflow(device: str, given: Mapping[str, Any]) -> FlowMethod:
+    if given:
+        raise ValueError(f"deepflow has no parameters that could be set; got {', '.join(given)}.")
+    solver = _contrib("DeepFlow").createOptFlow_DeepFlow()
+    return _opencv("deepflow", {}, lambda grey0, grey1: solver.calc(grey0, grey1, None))
+
+
+def _contrib(what: str) -> ModuleType:
+    cv2 = import_cv2()
     if not hasattr(cv2, "optflow"):
-        raise ImportError("TV-L1 is in OpenCV's contrib modules: install opencv-contrib-python, not opencv-python.")
-    return _from_solver("tvl1", {}, cv2.optflow.DualTVL1OpticalFlow.create(), cv2)
+        raise ImportError(f"{what} is in OpenCV's contrib modules: install opencv-contrib-python, not opencv-python.")
+    module: ModuleType = cv2.optflow
+    return module
 
 
-def _from_solver(name: str, parameters: dict[str, Any], solver: Any, cv2: ModuleType) -> FlowMethod:
+def _from_solver(name: str, fixed: dict[str, Any], solver: Any, given: Mapping[str, Any]) -> FlowMethod:
     """A method of a solver object; its parameters are asked of it, so that they are those of this OpenCV."""
-    getters = [key for key in sorted(dir(solver)) if key.startswith("get") and key != "getDefaultName"]
-    known = {key.removeprefix("get"): getattr(solver, key)() for key in getters}
-
-    def calc(grey0: Grey, grey1: Grey) -> Field:
-        field: Field = solver.calc(grey0, grey1, None)  # a field given here would be taken for a first guess
-        return field
-
-    return FlowMethod(name, parameters | known, cv2.__version__, calc)
+    keys = [key.removeprefix("get") for key in sorted(dir(solver)) if key.startswith("get") and key != "getDefaultName"]
+    for key, value in merge_parameters(name, {key: getattr(solver, f"get{key}")() for key in keys}, given).items():
+        getattr(solver, f"set{key}")(value)
+    known = {key: getattr(solver, f"get{key}")() for key in keys}
+    # A field given in the place of None would be taken for a first guess.
+    return _opencv(name, fixed | known, lambda grey0, grey1: solver.calc(grey0, grey1, None))
 
 
-#: name -> factory, called with the cv2 module
-FLOW_METHODS: dict[str, Callable[[ModuleType], FlowMethod]] = {"farneback": _farneback, "dis": _dis, "tvl1": _tvl1}
+# --- on a GPU ----------------------------------------------------------------------------------------------------
+
+
+def _gpu_number(name: str, device: str) -> int:
+    """Number of the GPU that a device "cuda" or "cuda:1" means. Raises ValueError if it is not there."""
+    import torch
+
+    number = torch.device(device).index or 0
+    if number >= torch.cuda.device_count():
+        raise ValueError(f"{name} is to run on {device!r}, but torch sees {torch.cuda.device_count()} GPUs.")
+    return number
+
+
+def _brox(device: str, given: Mapping[str, Any]) -> FlowMethod:
+    import torch
+
+    from flow.brox import DEFAULTS, brox_flow
+
+    parameters = merge_parameters("brox", DEFAULTS, given)
+    if device == "cpu":
+        place, batch_pairs = torch.device("cpu"), 4
+        torch.set_num_threads(1)  # as OpenCV above
+    else:
+        place, batch_pairs = torch.device("cuda", _gpu_number("brox", device)), 64
+
+    def batch(grey0: Grey, grey1: Grey) -> Field:
+        frames0, frames1 = (torch.from_numpy(np.ascontiguousarray(grey)).to(place) for grey in (grey0, grey1))
+        fields: Field = brox_flow(frames0, frames1, **parameters).cpu().numpy()
+        return fields
+
+    return FlowMethod("brox", parameters, "torch", torch.__version__.split("+")[0], batch_pairs, batch)
+
+
+def _nvof(device: str, given: Mapping[str, Any]) -> FlowMethod:
+    if device == "cpu":
+        raise ValueError(
+            "nvof is the flow engine of an NVIDIA GPU, and none is to be used here. On a CPU take dis or brox."
+        )
+    number = _gpu_number("nvof", device)
+    from importlib.metadata import version
+
+    from flow.nvof import DEFAULTS, NvofFlow
+
+    parameters = merge_parameters("nvof", DEFAULTS, given)
+    try:
+        engine = NvofFlow(number, 32, parameters)
+    except RuntimeError as error:
+        raise ValueError(f"nvof: GPU {number} cannot compute optical flow with {parameters}: {error}") from error
+    return FlowMethod("nvof", parameters, "nvidia-dali-cuda120", version("nvidia-dali-cuda120"), 32, engine)
+
+
+#: name -> factory, called with device and parameters
+FLOW_METHODS: dict[str, Callable[[str, Mapping[str, Any]], FlowMethod]] = {
+    "farneback": _farneback,
+    "dis": _dis,
+    "tvl1": _tvl1,
+    "deepflow": _deepflow,
+    "brox": _brox,
+    "nvof": _nvof,
+}

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = {"flow": set(), "loaders": {"flow"}, "nets": set(), "train": {"flow", "loaders", "nets"}}
 DOORS = {
     "cv2": {"flow/"},
-    "nvidia": {"loaders/pipeline.py"},
+    "nvidia": {"loaders/pipeline.py", "flow/nvof.py"},
     "yaml": {"train/config.py"},
     "torch.distributed": {"train/dist.py"},
 }
