@@ -30,7 +30,8 @@ import numpy as np  # isort: skip
 from loaders.batch import FLOW_SCALE, RGB_STD, StreamSpec
 from loaders.draw import Draw, population, slot_draws
 from loaders.index import open_index
-from loaders.pipeline import Graph, train_inputs, train_pipeline
+from loaders.inputs import train_inputs
+from loaders.pipeline import Graph, train_pipeline
 from loaders.probe import TOLERANCE
 from loaders.source import Encoded, Source
 

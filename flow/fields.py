@@ -67,6 +67,24 @@ def sample_bilinear(field: Array, points: Array) -> Array:
     return (above * (1 - down) + below * down).astype(np.float32)
 
 
+def rescale_image(image: Array, height: int, width: int) -> Array:
+    """Image (C, H, W) at another size, (C, height, width): bilinear, without antialiasing.
+
+    A value stands for the centre of a square pixel; beyond the outermost centres it stays what it is there.
+    """
+    rows, columns = (
+        np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
+        for new, old in zip((height, width), image.shape[1:], strict=True)
+    )
+    return sample_bilinear(image, np.stack(np.meshgrid(columns, rows)))
+
+
+def rescale_field(field: Array, height: int, width: int) -> Array:
+    """Field of the video whose frames are rescaled: (2, H, W) px/frame -> (2, height, width) px/frame of that size."""
+    factor = np.array([width / field.shape[2], height / field.shape[1]], np.float32)
+    return rescale_image(field, height, width) * factor[:, None, None]
+
+
 def trajectory_points(fields: Array) -> Array:
     """Where each pixel of the first frame is in the frame of each field: p_1 .. p_L of eq. (2).
 

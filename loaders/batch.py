@@ -10,9 +10,9 @@ if TYPE_CHECKING:
 
     from loaders.draw import Draw
 
-#: The temporal net's input is displacement in px (at the stored size), after mean subtraction, times this. On real
-#: clips px/frame has a standard deviation of 1.1 (frames of 128 px) to 1.3 (256 px), near the 1 that He initialisation
-#: expects.
+#: The temporal net's input is displacement in px (of the frames that crops are cut from), after mean subtraction, times
+#: this. On real clips px/frame has a standard deviation of 1.1 (frames of 128 px) to 1.3 (256 px), near the 1 that He
+#: initialisation expects.
 FLOW_SCALE = 1.0
 
 #: ImageNet's RGB statistics in grey levels: the spatial net's input is (x - mean) / std.
@@ -32,6 +32,7 @@ class StreamSpec:
 
     stream: "spatial", RGB frames; or "temporal", L stacked fields, 2L channels (sec. 3.1, eq. 1).
     crop_px: side of the square crop.
+    size_px: smaller side that frames are rescaled to before crops are cut; None: as they are stored.
     subtract_mean: from each field its own mean vector (sec. 3.1). Temporal only.
     stacking: "flow", fields sampled at one place, eq. (1); "trajectory", along trajectories, eq. (2). Temporal only.
     bidirectional: L/2 forward fields and L/2 backward ones, away from the middle frame tau. Temporal only.
@@ -51,6 +52,7 @@ class StreamSpec:
     color_jitter: bool = True
     random_mirror: bool = True
     stacks_per_window: int = 1
+    size_px: int | None = None
 
     def __post_init__(self) -> None:
         if self.stream not in ("spatial", "temporal") or self.stacking not in ("flow", "trajectory"):
@@ -60,6 +62,8 @@ class StreamSpec:
             )
         if self.L < 1 or self.crop_px < 1 or self.rgb_frames < 1:
             raise ValueError(f"L={self.L}, crop_px={self.crop_px}, rgb_frames={self.rgb_frames}: all are at least 1.")
+        if self.size_px is not None and self.size_px < 1:
+            raise ValueError(f"size_px={self.size_px} is at least 1, or None for the stored size.")
         if self.bidirectional and self.L % 2:
             raise ValueError(f"L={self.L}: a bi-directional stack has L/2 fields to each side; take an even L.")
         if self.stacks_per_window < 1 or (self.stacks_per_window > 1 and not self._shares_windows):

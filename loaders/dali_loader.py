@@ -21,11 +21,13 @@ from loaders.batch import Batch, StreamSpec
 from loaders.draw import Draw, Ints, check_batch_size, population, rank_slots, slot_draws
 from loaders.graph import FedGraph, InUse, to_device
 from loaders.index import Index
+from loaders.inputs import request_inputs, stack_inputs
 from loaders.pipeline import Graph
 from loaders.probe import choose_graph, samples_per_s
 from loaders.reader import Reader, Request, requests
-from loaders.region import reachable, whole_frames
-from loaders.source import Encoded, Source
+from loaders.region import Patch, crops, largest_patch, reachable, stored_patch, whole_frames
+from loaders.rescale import settled
+from loaders.source import Source
 from loaders.trajectory import cut_view, stack_crops, stack_frames
 from loaders.views import VIEWS, enumerate_views, num_view_batches
 from loaders.windows import WindowPool, cut_stacks, to_inputs
@@ -55,8 +57,8 @@ class DaliLoader:
         self._reader = Reader(source, requests(draws, self._spec, start_step, views))
         self._batches: Iterator[Batch] = iter(())
         self._in_use = InUse(graph.device)
-        make, self._inputs = _decoding(source, views)
-        self._decoder = FedGraph(partial(make, self._spec, graph, batch_size), self._feed)
+        self._views = views
+        self._decoder = FedGraph(partial(_decoding(source, views), self._spec, graph, batch_size), self._feed)
         self._graphs = [self._decoder]
         self._make: Callable[[], Iterator[Batch]] = self._make_directly
         if self._spec.follows_trajectories:
@@ -102,7 +104,7 @@ class DaliLoader:
     def _make_from_windows(self) -> Iterator[Batch]:
         outputs, request = self._decode()
         codes = self._cut(outputs, request)
-        images = to_inputs(codes, request.draw, self._entries(request.draw), self._spec)
+        images = to_inputs(codes, request.draw, self._entries(request.draw), self._spec, self._patch(request.draw))
         self._codes.append(codes)  # the device will write to it after it has read it
         return iter([self._batch(request.draw, images)])
 
@@ -117,7 +119,7 @@ class DaliLoader:
     def _make_views_of_trajectories(self) -> Iterator[Batch]:
         """The ten views one by one: all at once would hold ten times their memory."""
         outputs, request = self._decode()
-        region = whole_frames(request.draw, self._source.index)
+        region = whole_frames(request.draw, self._spec, self._source.index)
         images = stack_frames(self._fields(outputs), self._entries(request.draw), region, self._spec)
         self._in_use.keep(outputs)
         return (self._batch(request.draw, cut_view(images, view, region, self._spec)) for view in VIEWS)
@@ -138,23 +140,32 @@ class DaliLoader:
 
     def _feed(self) -> tuple[tuple[Any, ...], Any]:
         request, encoded = self._reader.take()
-        return self._inputs(request, encoded, self._graph), (request, encoded)
+        return request_inputs(request, encoded, self._source, self._graph, self._views), (request, encoded)
 
     def _feed_stacks(self) -> tuple[tuple[Any, ...], Any]:
         outputs, request = self._decode()
         codes, draw = self._cut(outputs, request), request.draw
-        return graphs.stack_inputs(codes.flatten(0, 1).numpy(), draw, self._entries(draw), self._spec), (draw, codes)
+        inputs = stack_inputs(codes.flatten(0, 1).numpy(), draw, self._entries(draw), self._spec, self._patch(draw))
+        return inputs, (draw, codes)
 
     def _cut(self, outputs: Any, request: Request) -> torch.Tensor:
-        """The crops (n, 2L, crop, crop, 1) uint8 of the request's samples, by way of the pool."""
+        """The crops (n, 2L, crop, crop, 1) uint8 of the request's samples, by way of the pool; if frames are rescaled,
+        the patches that crops are made from, in the upper left of what is enough for any."""
         assert request.new is not None
         self._pool.add(request.new, outputs[0])
         self._in_use.keep(outputs)
-        shape = len(request.draw), self._spec.num_images, self._spec.crop_px, self._spec.crop_px, 1
-        codes = self._codes.pop() if self._codes else torch.empty(shape, dtype=torch.uint8, device=self._graph.device)
-        cut_stacks(self._pool.stacks(request.draw), request.draw, codes)
+        codes = self._codes.pop() if self._codes else self._empty_codes(len(request.draw))
+        cut_stacks(self._pool.stacks(request.draw), self._patch(request.draw), codes)
         self._pool.drop_used(request.new.step)
         return codes
+
+    def _empty_codes(self, n: int) -> torch.Tensor:
+        side = largest_patch(self._spec, self._source.index)
+        return torch.empty(n, self._spec.num_images, side, side, 1, dtype=torch.uint8, device=self._graph.device)
+
+    def _patch(self, draw: Draw) -> Patch:
+        index = self._source.index
+        return stored_patch(crops(draw, self._spec, index), draw.video, index)
 
     def _entries(self, draw: Draw) -> Any:
         return self._source.entries(draw.video, draw.tau, self._spec.steps)
@@ -203,24 +214,13 @@ class DaliLoader:
         self.close()
 
 
-def _decoding(source: Source, views: bool) -> tuple[Callable[..., Any], Callable[..., tuple[Any, ...]]]:
-    """How a loader's decoding graph is made, and its inputs, a function of (request, encoded, graph)."""
-    spec = source.spec
-    if spec.stacks_per_window > 1 and not views:
-        return graphs.decode_pipeline, lambda request, encoded, graph: graphs.decode_inputs(encoded, graph)
-
-    def inputs(request: Request, encoded: Encoded, graph: Graph) -> tuple[Any, ...]:
-        entries = source.entries(request.video, request.tau, request.steps)
-        if spec.follows_trajectories:
-            index, draw = source.index, request.draw
-            region = whole_frames(draw, index) if views else reachable(draw, entries, spec, index)
-            return graphs.field_inputs(encoded, region, entries, spec, graph)
-        make = graphs.view_inputs if views else graphs.train_inputs
-        return make(encoded, request.draw, entries, spec, graph)
-
-    if spec.follows_trajectories:
-        return graphs.field_pipeline, inputs
-    return graphs.view_pipeline if views else graphs.train_pipeline, inputs
+def _decoding(source: Source, views: bool) -> Callable[..., Any]:
+    """How a loader's decoding graph is made."""
+    if source.spec.stacks_per_window > 1 and not views:
+        return graphs.decode_pipeline
+    if source.spec.follows_trajectories:
+        return graphs.field_pipeline
+    return graphs.view_pipeline if views else graphs.train_pipeline
 
 
 def _choose_graph(
@@ -228,12 +228,12 @@ def _choose_graph(
 ) -> tuple[Graph, Iterator[Draw]]:
     """The graph to take, measured on the first batch; and the draws, that one too."""
     first = next(draws)
-    make, inputs = _decoding(source, views)
+    make = _decoding(source, views)
 
     def measure(graph: Graph) -> float:
         (request,) = requests(iter([first]), source.spec, 0, views)
         encoded = source.read(request.video, request.tau, request.steps)
-        fed = inputs(request, encoded, graph)
+        fed = request_inputs(request, encoded, source, graph, views)
         return samples_per_s(make(source.spec, graph, len(first), lambda: fed), len(first))
 
     whole_frames = views or source.spec.stacks_per_window > 1
@@ -268,6 +268,7 @@ def train_loader(
     graph: overrides device, num_threads and decoder.
     Raises ValueError if the ranks cannot share the batch, or no video fits.
     """
+    spec = settled(spec, index)
     videos = population(index, rows, spec)
     check_batch_size(batch_size, world_size, spec)
     slots = slots or rank_slots(rank, world_size, batch_size)
@@ -304,6 +305,7 @@ def view_loader(
     Batches come in tens: the views of VIEWS of the same batch_size (video, tau) pairs, which are decoded once. All
     ranks get the same number of batches; padding has valid = False. batch_size is that of one rank.
     """
+    spec = settled(spec, index)
     pairs = num_view_batches(len(rows) * num_taus, batch_size, world_size)
     draws = enumerate_views(
         index, rows, spec, num_taus=num_taus, batch_size=batch_size, rank=rank, world_size=world_size

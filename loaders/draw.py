@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from loaders.batch import PCA_ALPHA_STD, StreamSpec
 from loaders.index import Index
+from loaders.rescale import check_crop, frame_sizes
 
 Ints = npt.NDArray[np.int64]
 
@@ -41,7 +42,7 @@ class Draw:
     """n samples. All arrays have n rows.
 
     video  (n,) row of the index          tau    (n,) first frame or field, 0-based; of bi-directional stacks the middle
-    crop   (n, 2) y0, x0 in px; its size is the stream's crop_px
+    crop   (n, 2) y0, x0 in px of the frame, rescaled if asked for; its size is the stream's crop_px
     mirror (n,) bool                      alpha  (n, 3) weights of the colour components
     valid  (n,) bool, False for padding
     window (n, 2) which window the sample is cut from: the step of its birth, its number in that step
@@ -98,14 +99,14 @@ class Population:
     """The videos of a training list that are long enough, grouped by class.
 
     rows (num_videos,): rows of the index, class after class; class k has rows[start[k] : start[k + 1]].
-    num_frames, height, width: of those rows. num_left_out: listed videos that are too short.
+    num_frames: of those rows. size (num_videos, 2): height and width of the frames that crops are drawn in.
+    num_left_out: listed videos that are too short.
     """
 
     rows: Ints
     start: Ints
     num_frames: Ints
-    height: Ints
-    width: Ints
+    size: Ints
     num_left_out: int
 
 
@@ -129,23 +130,9 @@ def population(index: Index, rows: Ints, spec: StreamSpec) -> Population:
         rows=by_class,
         start=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
         num_frames=index.num_frames[by_class],
-        height=index.heights[by_class],
-        width=index.widths[by_class],
+        size=frame_sizes(index, by_class, spec),
         num_left_out=len(rows) - len(by_class),
     )
-
-
-def check_crop(index: Index, rows: Ints, spec: StreamSpec) -> None:
-    """Raise ValueError if a listed video is smaller than the crop."""
-    if not len(rows):
-        raise ValueError("The list of videos is empty. Check the split's file in the packed data set.")
-    sides = np.minimum(index.heights[rows], index.widths[rows])
-    if sides.min() < spec.crop_px:
-        row = rows[int(sides.argmin())]
-        raise ValueError(
-            f"{index.video_ids([row])[0]} is stored at {index.heights[row]}x{index.widths[row]} px, which cannot hold "
-            f"crops of {spec.crop_px} px. Lower crop_px, or pack with a larger --size."
-        )
 
 
 def check_batch_size(batch_size: int, world_size: int, spec: StreamSpec) -> None:
@@ -217,8 +204,8 @@ def _draw_born(seed: int, birth: int, videos: Population, spec: StreamSpec, batc
     if k > 1:
         tau, first = _spread_taus(tau, num_starts, k, generator)
         chosen = np.repeat(chosen, k)
-    y0 = below(videos.height[chosen] - spec.crop_px + 1)
-    x0 = below(videos.width[chosen] - spec.crop_px + 1)
+    y0 = below(videos.size[chosen, 0] - spec.crop_px + 1)
+    x0 = below(videos.size[chosen, 1] - spec.crop_px + 1)
     mirror = below(2).astype(bool) & spec.random_mirror
     alpha = generator.normal(0, PCA_ALPHA_STD, (batch_size, 3)).astype(np.float32)
     return Draw(

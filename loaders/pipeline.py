@@ -1,10 +1,13 @@
 """The flat DALI graphs: a batch of n samples is n * num_images JPEGs through one decoder and one affine operator.
 
-    train   jpeg ─ decode the crop only ─ flip ─ affine ──────────────── float32
-    test    jpeg ─ decode the frame ─┬─ 5 crops, plain and mirrored ──── 10 x float32
-    decode  jpeg ─ decode the frame ─┴───────────────────────────────── uint8, for the pool of windows
-    field   jpeg ─ decode a region ─ pad ─ px/frame ─────────────────── float32, for trajectories
-    stack   crop, uint8 ─ flip ─ affine ─────────────────────────────── float32, from that pool
+    train   jpeg ─ decode the crop only ─ [resize] ─ flip ─ affine ──────────────── float32
+    test    jpeg ─ decode the frame ─┬─ [resize] ─ 5 crops, plain and mirrored ──── 10 x float32
+    decode  jpeg ─ decode the frame ─┴───────────────────────────────────────────── uint8, for the pool of windows
+    field   jpeg ─ decode a region ─ [resize] ─ pad ─ px/frame ──────────────────── float32, for trajectories
+    stack   crop, uint8 ─ [resize] ─ flip ─ affine ──────────────────────────────── float32, from that pool
+
+Frames are resized where the spec asks for another size than they are stored at, and the operator is in the graph only
+then: from the part of the stored frame that the crop needs, and to float32, so that codes are not rounded again.
 
 A textbook graph has a decoder branch for each of the 2L channels and a concatenation; here the channels are samples of
 the batch, and the output, (n * num_images, ...) in one piece, is *viewed* as (n, num_images * c, h, w).
@@ -12,18 +15,14 @@ the batch, and the output, (n * num_images, ...) in one piece, is *viewed* as (n
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Any
 
-import numpy as np
 import nvidia.dali.fn as fn
 import nvidia.dali.types as types
 from nvidia.dali import Pipeline, pipeline_def
 
-from loaders.affine import image_affine
 from loaders.batch import StreamSpec
-from loaders.draw import Draw
-from loaders.region import Region
-from loaders.source import Encoded
 from loaders.views import VIEWS
 
 Feed = Callable[[], tuple[Any, ...]]
@@ -64,73 +63,43 @@ class Graph:
             raise ValueError(f"hardware_load={self.hardware_load} is a part of the images, from 0 to 1.")
 
 
-def train_inputs(encoded: Encoded, draw: Draw, entries: Any, spec: StreamSpec, graph: Graph) -> tuple[Any, ...]:
-    """What the training graph is fed: `decode_inputs`; the crops' y0, x0 (m, 2) int32; and as `stack_inputs`."""
-    start = np.repeat(draw.crop.astype(np.int32), spec.num_images, axis=0)
-    return *decode_inputs(encoded, graph), start, *_affine_inputs(draw, entries, spec)
+#: Element type and number of dimensions of an input.
+InputTypes = list[tuple[Any, int]]
 
 
-def stack_inputs(codes: Any, draw: Draw, entries: Any, spec: StreamSpec) -> tuple[Any, ...]:
-    """What the stack graph is fed: codes (m, crop, crop, 1) uint8, m = n * num_images; mirror (m,) int32; and scale and
-    shift float32: (m,) factor and offset of components, or (m, 3) std and mean of RGB."""
-    return codes, *_affine_inputs(draw, entries, spec)
-
-
-def _affine_inputs(draw: Draw, entries: Any, spec: StreamSpec) -> tuple[Any, ...]:
-    shift, width = image_affine(entries, draw.mirror, draw.alpha, spec)
-    if spec.stream == "temporal":
-        width, shift = 1 / width[:, 0], -shift[:, 0] / width[:, 0]
-    mirror = np.repeat(draw.mirror.astype(np.int32), spec.num_images)
-    return mirror, width.astype(np.float32), shift.astype(np.float32)
-
-
-def decode_inputs(encoded: Encoded, graph: Graph) -> tuple[Any, ...]:
-    """What the decode graph is fed: rows (m, longest) uint8; if two decoders share them, also to_gpu (m,) bool."""
-    if graph.decoder != "shared":
-        return (encoded.rows,)
-    given = (np.arange(len(encoded.rows) + 1) * graph.mixed_share).astype(np.int64)  # the GPU's share, evenly spread
-    return encoded.rows, np.diff(given).astype(bool)
-
-
-def view_inputs(encoded: Encoded, draw: Draw, entries: Any, spec: StreamSpec, graph: Graph) -> tuple[Any, ...]:
-    """What the test graph is fed: `decode_inputs`, mean, std, and the std of the mirrored views."""
-    shift, width = image_affine(entries, np.zeros(len(draw), bool), draw.alpha, spec)
-    _, mirrored_width = image_affine(entries, np.ones(len(draw), bool), draw.alpha, spec)
-    return *decode_inputs(encoded, graph), *(v.astype(np.float32) for v in (shift, width, mirrored_width))
-
-
-def field_inputs(encoded: Encoded, region: Region, entries: Any, spec: StreamSpec, graph: Graph) -> tuple[Any, ...]:
-    """What the field graph is fed: `decode_inputs`; start and size (m, 2) int32 of the images' regions; scale and shift
-    (m,) float32, px/frame a code and px/frame of code 0."""
-    start, size = (np.repeat(yx.astype(np.int32), spec.num_images, axis=0) for yx in (region.start, region.size))
-    lo, hi = (entries[key].astype(np.float64).reshape(-1) for key in ("lo", "hi"))
-    return *decode_inputs(encoded, graph), start, size, ((hi - lo) / 255).astype(np.float32), lo.astype(np.float32)
-
-
-def _jpeg_types(graph: Graph) -> list[tuple[Any, int]]:
-    """Element type and number of dimensions of what `decode_inputs` gives for an image."""
+def _jpeg_types(graph: Graph) -> InputTypes:
+    """Element type and number of dimensions of what `inputs.decode_inputs` gives for an image."""
     return [(types.UINT8, 1), (types.BOOL, 0)][: 2 if graph.decoder == "shared" else 1]
 
 
-def _affine_types(spec: StreamSpec) -> list[tuple[Any, int]]:
+def _affine_types(spec: StreamSpec) -> InputTypes:
     dimensions = int(spec.stream == "spatial")
     return [(types.INT32, 0), (types.FLOAT, dimensions), (types.FLOAT, dimensions)]
+
+
+def _resize_types(spec: StreamSpec, *elements: Any) -> InputTypes:
+    """Pairs y, x, which are there only if frames are resized."""
+    return [] if spec.size_px is None else [(element, 1) for element in elements]
 
 
 def train_pipeline(spec: StreamSpec, graph: Graph, batch_size: int, feed: Feed) -> Pipeline:
     """Graph of training batches: one output, float32 on the device, (batch_size * num_images, crop, crop, 1) of
     components or (batch_size * num_images, 3, crop, crop) of RGB.
 
-    feed gives the next `train_inputs`, or raises StopIteration.
+    feed gives the next `inputs.train_inputs`, or raises StopIteration.
     """
 
     @pipeline_def(**_options(graph, batch_size * spec.num_images))
     def build() -> Any:
-        *jpeg, start, mirror, scale, shift = _external(
-            feed, [*_jpeg_types(graph), (types.INT32, 1), *_affine_types(spec)]
+        resize_types = _resize_types(spec, types.INT32, types.FLOAT, types.FLOAT)
+        jpeg, (start, *affine), resize = _external(
+            feed, _jpeg_types(graph), [(types.INT32, 1), *_affine_types(spec)], resize_types
         )
-        image = _decode_crop(jpeg, spec, graph, start=start, shape=[spec.crop_px, spec.crop_px])
-        return _affine(image, mirror, scale, shift, spec)
+        crop = [spec.crop_px, spec.crop_px]
+        image = _decode_crop(jpeg, spec, graph, start=start, shape=resize[0] if resize else crop)
+        if resize:
+            image = _resized(image, crop, *resize[1:])
+        return _affine(image, spec, *affine)
 
     return _built(build())
 
@@ -138,12 +107,12 @@ def train_pipeline(spec: StreamSpec, graph: Graph, batch_size: int, feed: Feed) 
 def decode_pipeline(spec: StreamSpec, graph: Graph, batch_size: int, feed: Feed) -> Pipeline:
     """Graph that only decodes windows, at most batch_size at a time: one output, (H, W, c) uint8 on the device a frame.
 
-    feed gives the next `decode_inputs`, or raises StopIteration.
+    feed gives the next `inputs.decode_inputs`, or raises StopIteration.
     """
 
     @pipeline_def(**_options(graph, batch_size * spec.window_steps * len(spec.kinds)))
     def build() -> Any:
-        jpeg = _external(feed, _jpeg_types(graph))
+        (jpeg,) = _external(feed, _jpeg_types(graph))
         return _decode(fn.decoders.image, jpeg, spec, graph)
 
     return _built(build())
@@ -152,15 +121,17 @@ def decode_pipeline(spec: StreamSpec, graph: Graph, batch_size: int, feed: Feed)
 def stack_pipeline(spec: StreamSpec, graph: Graph, batch_size: int, feed: Feed) -> Pipeline:
     """Graph from crops to training batches, on the CPU; the output is that of `train_pipeline`.
 
-    feed gives the next `stack_inputs`, or raises StopIteration.
+    feed gives the next `inputs.stack_inputs`, or raises StopIteration.
     """
 
     @pipeline_def(**_options(Graph(num_threads=graph.num_threads), batch_size * spec.num_images))
     def build() -> Any:
-        codes, mirror, scale, shift = _external(
-            feed, [(types.UINT8, 3), *_affine_types(spec)], layout=["HWC", "", "", ""]
-        )
-        return _affine(codes, mirror, scale, shift, spec)
+        resize_types = _resize_types(spec, types.INT32, types.FLOAT, types.FLOAT)
+        (codes, *affine), resize = _external(feed, [(types.UINT8, 3), *_affine_types(spec)], resize_types)
+        if resize:
+            patch = fn.slice(codes, start=[0, 0], shape=resize[0], axes=[0, 1])
+            codes = _resized(patch, [spec.crop_px, spec.crop_px], *resize[1:])
+        return _affine(codes, spec, *affine)
 
     return _built(build())
 
@@ -169,15 +140,22 @@ def field_pipeline(spec: StreamSpec, graph: Graph, batch_size: int, feed: Feed) 
     """Graph of raw fields: one output, (batch_size * num_images, H, W, 1) float32 px/frame on the device, padded to the
     largest region of the batch.
 
-    feed gives the next `field_inputs`, or raises StopIteration.
+    feed gives the next `inputs.field_inputs`, or raises StopIteration.
     """
 
     @pipeline_def(**_options(graph, batch_size * spec.num_images))
     def build() -> Any:
-        inputs = [*_jpeg_types(graph), (types.INT32, 1), (types.INT32, 1), (types.FLOAT, 0), (types.FLOAT, 0)]
-        *jpeg, start, shape, scale, shift = _external(feed, inputs)
-        image = _decode_crop(jpeg, spec, graph, start=start, shape=shape)
-        return _scaled(fn.pad(image, axes=[0, 1]), scale, shift)
+        jpeg, (start, size), affine, resize = _external(
+            feed,
+            _jpeg_types(graph),
+            [(types.INT32, 1)] * 2,
+            [(types.FLOAT, 0)] * 2,
+            _resize_types(spec, *[types.FLOAT] * 3),
+        )
+        image = _decode_crop(jpeg, spec, graph, start=start, shape=size)
+        if resize:
+            image = _resized(image, *resize)
+        return _scaled(fn.pad(image, axes=[0, 1]), *affine)
 
     return _built(build())
 
@@ -185,13 +163,17 @@ def field_pipeline(spec: StreamSpec, graph: Graph, batch_size: int, feed: Feed) 
 def view_pipeline(spec: StreamSpec, graph: Graph, batch_size: int, feed: Feed) -> Pipeline:
     """Graph of test batches: every frame is decoded once, and gives the ten outputs of VIEWS.
 
-    feed gives the next `view_inputs`, or raises StopIteration.
+    feed gives the next `inputs.view_inputs`, or raises StopIteration.
     """
 
     @pipeline_def(**_options(graph, batch_size * spec.num_images))
     def build() -> Any:
-        *jpeg, mean, std, mirrored_std = _external(feed, [*_jpeg_types(graph), *[(types.FLOAT, 1)] * 3])
+        jpeg, (mean, std, mirrored_std), resize = _external(
+            feed, _jpeg_types(graph), [(types.FLOAT, 1)] * 3, _resize_types(spec, types.FLOAT)
+        )
         image = _decode(fn.decoders.image, jpeg, spec, graph)
+        if resize:
+            image = _resized(image, *resize)
         return tuple(
             fn.crop_mirror_normalize(
                 image,
@@ -226,10 +208,16 @@ def _options(graph: Graph, batch_size: int) -> dict[str, Any]:
     }
 
 
-def _external(feed: Feed, inputs: list[tuple[Any, int]], **arguments: Any) -> Any:
-    """Inputs from Python, not copied: what feed returns has to live until the batch is out."""
-    arguments |= {"dtype": [dtype for dtype, _ in inputs], "ndim": [ndim for _, ndim in inputs]}
-    return fn.external_source(source=feed, num_outputs=len(inputs), no_copy=True, **arguments)
+def _external(feed: Feed, *groups: InputTypes) -> list[list[Any]]:
+    """Inputs from Python in groups, not copied: what feed returns has to live until the batch is out."""
+    inputs = list(chain(*groups))
+    arguments: dict[str, Any] = {
+        "dtype": [dtype for dtype, _ in inputs],
+        "ndim": [ndim for _, ndim in inputs],
+        "layout": ["HWC" if ndim == 3 else "" for _, ndim in inputs],
+    }
+    fed = iter(fn.external_source(source=feed, num_outputs=len(inputs), no_copy=True, **arguments))
+    return [list(islice(fed, len(group))) for group in groups]
 
 
 def _built(pipeline: Pipeline) -> Pipeline:
@@ -261,13 +249,18 @@ def _decode_crop(inputs: Any, spec: StreamSpec, graph: Graph, *, start: Any, sha
     return fn.slice(_decode(fn.decoders.image, inputs, spec, graph), **crop)
 
 
+def _resized(image: Any, size: Any, begin: Any = None, end: Any = None) -> Any:
+    """What lies between the borders begin and end of an image, or all of it, at another size, float32."""
+    return fn.resize(image, size=size, roi_start=begin, roi_end=end, dtype=types.FLOAT, antialias=False)
+
+
 def _on_device(image: Any, graph: Graph) -> Any:
     """Codes cross to the GPU as uint8, a quarter of the bytes of the result."""
     return image.gpu() if graph.device == "cuda" else image
 
 
-def _affine(image: Any, mirror: Any, scale: Any, shift: Any, spec: StreamSpec) -> Any:
-    """Cropped codes to network inputs, mirrored where asked for; scale and shift as in `stack_inputs`.
+def _affine(image: Any, spec: StreamSpec, mirror: Any, scale: Any, shift: Any) -> Any:
+    """Cropped codes to network inputs, mirrored where asked for; scale and shift as in `inputs.stack_inputs`.
 
     For components two plain operators: `crop_mirror_normalize`, which does both, takes 1.3 ms of a core for a stack of
     20 at 224 px, these 0.6 ms, and writing the result 0.3 ms. For RGB it also turns (H, W, 3) into (3, H, W).

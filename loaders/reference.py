@@ -9,10 +9,11 @@ import numpy.typing as npt
 import torch
 
 from flow.codec import decode_component, decode_rgb
-from flow.fields import mirror_field, stack_trajectories, subtract_mean
+from flow.fields import mirror_field, rescale_field, rescale_image, stack_trajectories, subtract_mean
 from loaders.batch import FLOW_SCALE, PCA_STD, PCA_VECTORS, RGB_MEAN, RGB_STD, Batch, StreamSpec
 from loaders.draw import Draw, Ints, check_batch_size, population, rank_slots, slot_draws
 from loaders.index import Index
+from loaders.rescale import frame_sizes
 from loaders.source import Source
 from loaders.views import VIEWS, enumerate_views, num_view_batches, view_crop
 
@@ -31,7 +32,7 @@ class ReferenceLoader:
         num_batches: int | None = None,
         num_left_out: int = 0,
     ):
-        self._source = source
+        self._source, self._spec = source, source.spec
         self._device = device
         self._num_batches = num_batches
         self.num_left_out = num_left_out
@@ -49,7 +50,7 @@ class ReferenceLoader:
         return next(self._batches)
 
     def _train(self, draws: Iterator[Draw]) -> Iterator[Batch]:
-        side = self._source.spec.crop_px
+        side = self._spec.crop_px
         for draw in draws:
             samples = []
             for i, sample in enumerate(self._samples(draw)):
@@ -58,7 +59,7 @@ class ReferenceLoader:
             yield self._batch(draw, samples)
 
     def _test(self, draws: Iterator[Draw]) -> Iterator[Batch]:
-        side = self._source.spec.crop_px
+        side = self._spec.crop_px
         for draw in draws:
             samples = self._samples(draw)
             for view in VIEWS:
@@ -71,31 +72,36 @@ class ReferenceLoader:
 
     def _samples(self, draw: Draw) -> list[Array]:
         """Each sample's whole frames: (n, 3, H, W) in grey levels, or fields (L, 2, H, W) in px/frame."""
-        spec = self._source.spec
+        spec = self._spec
         images = [image.tobytes() for image in self._source.read(draw.video, draw.tau, spec.steps).images()]
         own = [images[at : at + spec.num_images] for at in range(0, len(images), spec.num_images)]
+        sizes = frame_sizes(self._source.index, draw.video, spec).tolist()
         if not spec.is_temporal:
-            rgb = [np.stack([decode_rgb(jpeg).transpose(2, 0, 1) for jpeg in jpegs]) for jpegs in own]
-            return [sample.astype(np.float32) for sample in rgb]
-        entries = self._source.entries(draw.video, draw.tau, spec.steps)  # (n, L, 2)
-        return [self._fields(*sample) for sample in zip(own, entries, strict=True)]
+            return [np.stack([_frame(jpeg, size) for jpeg in jpegs]) for jpegs, size in zip(own, sizes, strict=True)]
+        entries = self._source.stored_entries(draw.video, draw.tau, spec.steps)  # (n, L, 2)
+        return [self._fields(*sample) for sample in zip(own, entries, sizes, strict=True)]
 
-    def _fields(self, jpegs: list[bytes], entries: Any) -> Array:
-        """The fields (L, 2, H, W) of one sample; entries (L, 2)."""
-        spec = self._source.spec
+    def _fields(self, jpegs: list[bytes], entries: Any, size: list[int]) -> Array:
+        """The fields (L, 2, H, W) of one sample, (H, W) = size; entries (L, 2)."""
+        spec = self._spec
         ranges = entries[["lo", "hi"]].reshape(-1).tolist()
         raw = np.stack([decode_component(jpeg, lo, hi) for jpeg, (lo, hi) in zip(jpegs, ranges, strict=True)])
-        fields = raw.reshape(spec.num_chains, spec.chain_steps, 2, *raw.shape[1:])
+        means, stored = entries["mean"], raw.shape[1:]
+        fields = raw.reshape(spec.L, 2, *stored)
+        if list(stored) != size:
+            fields = np.stack([rescale_field(field, *size) for field in fields])
+            means = means * np.array([size[1] / stored[1], size[0] / stored[0]], np.float32)
+        fields = fields.reshape(spec.num_chains, spec.chain_steps, 2, *size)
         if spec.follows_trajectories:
             fields = np.stack([stack_trajectories(chain, 0, spec.chain_steps) for chain in fields])
-        fields = fields.reshape(spec.L, 2, *raw.shape[1:])
+        fields = fields.reshape(spec.L, 2, *size)
         if spec.subtract_mean:
-            fields = np.stack([subtract_mean(field, mean) for field, mean in zip(fields, entries["mean"], strict=True)])
+            fields = np.stack([subtract_mean(field, mean) for field, mean in zip(fields, means, strict=True)])
         return fields
 
     def _input(self, crop: Array, mirror: bool, alpha: Array) -> Array:
         """The net's input (C, crop, crop) from a crop of a sample."""
-        if not self._source.spec.is_temporal:
+        if not self._spec.is_temporal:
             offset = PCA_VECTORS @ (alpha * PCA_STD)
             rgb = np.concatenate((crop + (offset - RGB_MEAN)[:, None, None]) / RGB_STD[:, None, None])
             return (rgb[:, :, ::-1] if mirror else rgb).astype(np.float32)
@@ -119,6 +125,12 @@ class ReferenceLoader:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _frame(jpeg: bytes, size: list[int]) -> Array:
+    """An RGB frame (3, H, W) in grey levels, (H, W) = size."""
+    frame = decode_rgb(jpeg).transpose(2, 0, 1).astype(np.float32)
+    return frame if list(frame.shape[1:]) == size else rescale_image(frame, *size)
 
 
 def train_loader(

@@ -18,6 +18,7 @@ from flow.codec import JPEG_END, frame_header
 from flow.shard import CLIP_FRAMES, ShardError, damage, member_name
 from loaders.batch import StreamSpec
 from loaders.index import Index, Ints
+from loaders.rescale import vector_scale
 
 #: Of one thread.
 _MAX_OPEN_SHARDS = 128
@@ -81,7 +82,18 @@ class Source:
         return np.clip(tau[:, None] + self._offsets[:steps], backward.astype(np.int64), last)  # b_1 is the first one
 
     def entries(self, video: Ints, tau: Ints, steps: int) -> npt.NDArray[Any]:
-        """Index entries (n, steps, kinds) of runs; those of components have range and mean in px/frame."""
+        """Index entries (n, steps, kinds) of runs; those of components have range and mean in px/frame, of rescaled
+        frames if the spec asks for them: codes stand for what the range says, so nobody else has to scale vectors.
+        """
+        entries = self.stored_entries(video, tau, steps)
+        if self.spec.is_temporal and self.spec.size_px is not None:
+            scale = vector_scale(self.index, video, self.spec)[:, None, :].astype(np.float32)
+            for key in ("lo", "hi", "mean"):
+                entries[key] *= scale
+        return entries
+
+    def stored_entries(self, video: Ints, tau: Ints, steps: int) -> npt.NDArray[Any]:
+        """The same in px/frame of the stored frames."""
         rows = self.index.first_row[video][:, None] + self.frames(video, tau, steps)
         ahead = int((~self._backward[:steps]).sum())  # the forward time steps come first
         parts = zip(self._tables, (rows[:, :ahead], rows[:, ahead:]), strict=True)
@@ -94,7 +106,7 @@ class Source:
 
         Raises ShardError for a damaged member.
         """
-        entries = self.entries(video, tau, steps)
+        entries = self.stored_entries(video, tau, steps)
         sizes = entries["size"].reshape(-1).astype(np.int64)
         self._check_sizes(sizes, video, tau, steps)
         reads = list(self._reads(video, tau, steps, entries))

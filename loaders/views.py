@@ -5,8 +5,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from loaders.batch import StreamSpec
-from loaders.draw import Draw, check_crop
+from loaders.draw import Draw
 from loaders.index import Index, Ints
+from loaders.rescale import check_crop
 
 #: The ten test views: four corners and the centre, plain and mirrored (sec. 5). (y, x, mirrored), where y and x are
 #: fractions of the free border; a crop starts at floor(fraction * border).

@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from loaders.affine import image_affine
 from loaders.batch import StreamSpec
 from loaders.draw import SPREAD, Draw, Ints
 from loaders.graph import to_device
+from loaders.region import Patch
 
 #: Birth and number of a window.
 Key = tuple[int, int]
@@ -110,11 +112,12 @@ class WindowPool:
         return self._windows[key]
 
 
-def cut_stacks(stacks: list[torch.Tensor], draw: Draw, codes: torch.Tensor) -> torch.Tensor:
-    """Copy each sample's crop from its frames (2L, H, W, 1) to codes[i]; codes (n, 2L, crop, crop, 1) uint8."""
-    side = codes.shape[2]
-    for i, (stack, (y, x)) in enumerate(zip(stacks, draw.crop.tolist(), strict=True)):
-        _copy(stack[:, y : y + side, x : x + side], codes[i])
+def cut_stacks(stacks: list[torch.Tensor], patch: Patch, codes: torch.Tensor) -> torch.Tensor:
+    """Copy each sample's patch from its frames (2L, H, W, 1) to the upper left of codes[i], of which codes
+    (n, 2L, side, side, 1) uint8 has enough for any."""
+    places = zip(stacks, patch.start.tolist(), patch.size.tolist(), strict=True)
+    for i, (stack, (y, x), (height, width)) in enumerate(places):
+        _copy(stack[:, y : y + height, x : x + width], codes[i, :, :height, :width])
     return codes
 
 
@@ -126,7 +129,7 @@ def _copy(source: torch.Tensor, target: torch.Tensor) -> None:
         target.copy_(source)
 
 
-def to_inputs(codes: torch.Tensor, draw: Draw, entries: Any, spec: StreamSpec) -> torch.Tensor:
+def to_inputs(codes: torch.Tensor, draw: Draw, entries: Any, spec: StreamSpec, patch: Patch) -> torch.Tensor:
     """Network inputs (n, 2L, crop, crop) float32 from `cut_stacks`: in torch what the stack graph does on the CPU.
 
     entries (n, L, 2): the index entries of the samples.
@@ -135,4 +138,17 @@ def to_inputs(codes: torch.Tensor, draw: Draw, entries: Any, spec: StreamSpec) -
     shift, width = to_device(affine.reshape(2, len(draw), spec.num_images, 1, 1), codes.device)
     mirror = to_device(draw.mirror, codes.device)[:, None, None, None]
     codes = codes.squeeze(-1)
+    if spec.size_px is not None:
+        codes = _resize(codes, patch, spec.crop_px)
     return torch.where(mirror, codes.flip(-1), codes).float().sub_(shift).div_(width)
+
+
+def _resize(codes: torch.Tensor, patch: Patch, crop_px: int) -> torch.Tensor:
+    """The crops (n, 2L, crop, crop) float32 made from patches in the upper left of codes (n, 2L, side, side) uint8."""
+    pixel = (patch.end - patch.begin) / crop_px  # (n, 2) stored px
+    centres = patch.begin[:, :, None] + (np.arange(crop_px) + 0.5) * pixel[:, :, None] - 0.5  # (n, 2, crop)
+    centres = centres.clip(0, patch.size[:, :, None] - 1)  # what lies beyond a patch is left over from others
+    unit = centres * (2 / (codes.shape[-1] - 1)) - 1  # of grid_sample: -1 is the first pixel, 1 the last one
+    y, x = to_device(np.ascontiguousarray(unit.astype(np.float32).swapaxes(0, 1)), codes.device)
+    grid = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), dim=-1)  # (n, crop, crop, 2)
+    return F.grid_sample(codes.float(), grid, padding_mode="border", align_corners=True)

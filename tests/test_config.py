@@ -90,7 +90,7 @@ def test_differences_are_named_and_change_the_hash():
         ("data.loader=torch", "data.loader='torch' must be one of dali, reference"),
         ("train.streams=[spatail]", "train.streams='spatail' must be one of spatial, temporal"),
         ("train.streams=[spatial, spatial]", "train.streams=.* each once"),
-        ("data.size=340", "data.size='340': only auto"),
+        ("data.size=34.5", "data.size='34.5': auto, the stored size, or the smaller side"),
         ("temporal.dropout=1", "dropout=1.0 is not a ratio"),
         ("temporal.milestones=[9, 5]", "milestones=.* in rising order"),
         ("temporal.lr=0", "lr=0.0 must be positive"),

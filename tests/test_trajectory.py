@@ -10,6 +10,7 @@ from flow.demo import draw_texture
 from flow.pack import pack
 from flow.video import write_video
 from loaders import dali_loader
+from loaders import inputs as graph_inputs
 from loaders.batch import FLOW_SCALE, StreamSpec
 from loaders.draw import Draw
 from loaders.index import open_index
@@ -231,15 +232,19 @@ def test_what_is_decoded_is_enough_and_no_more_than_can_be_reached(moderate, mon
     assert (region.size < region.frame).any(axis=1).mean() > 0.9  # parts of frames, most of the time
     assert (region.start >= 0).all() and (region.start + region.size <= region.frame).all()
 
-    monkeypatch.setattr(dali_loader, "reachable", lambda draw, entries, spec, index: whole_frames(draw, index))
+    def instead(find):
+        for module in (dali_loader, graph_inputs):  # what is decoded, and where in it the samples are
+            monkeypatch.setattr(module, "reachable", find)
+
+    instead(lambda draw, entries, spec, index: whole_frames(draw, spec, index))
     whole = one_batch(moderate, spec, batch_size=32)
     torch.testing.assert_close(ours.inputs, whole.inputs, atol=1e-4, rtol=0)
 
     def crop_only(draw, entries, spec, index):
-        region = whole_frames(draw, index)
+        region = whole_frames(draw, spec, index)
         return type(region)(draw.crop, np.full_like(draw.crop, spec.crop_px), region.frame)
 
-    monkeypatch.setattr(dali_loader, "reachable", crop_only)
+    instead(crop_only)
     cut = one_batch(moderate, spec, batch_size=32)
     assert (cut.inputs - whole.inputs).abs().max() > 0.1  # what a crop alone would get wrong
 

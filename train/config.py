@@ -53,7 +53,8 @@ class DataConfig:
     crop_px: int = 224
     """Side of the square crop, the nets' input."""
     size: str = "auto"
-    """Smaller side of the frames; `auto` is the size they are stored at, the only one there is so far."""
+    """Smaller side of the frames in px; `auto` is the size they are stored at. Others are rescaled on the device, and
+    their displacements with them."""
     subtract_mean: bool = True
     """Subtract from each field its mean vector (sec. 3.1)."""
     color_jitter: bool = True
@@ -68,7 +69,10 @@ class DataConfig:
     """Loading threads of a process; null: the machine's cores divided by its processes."""
 
     def __post_init__(self) -> None:
-        _require(self.size == "auto", f"data.size={self.size!r}: only auto, the stored size, is supported; pack anew.")
+        _require(
+            self.size == "auto" or (self.size.isdecimal() and int(self.size) >= 1),
+            f"data.size={self.size!r}: auto, the stored size, or the smaller side of the frames in px, such as 256.",
+        )
         _require(self.L >= 1, f"data.L={self.L} must be at least 1.")
         _require(
             self.rgb_frames in (1, 11), f"data.rgb_frames={self.rgb_frames}: 1, or 11, which slow fusion looks at."

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from loaders.batch import Batch
-from loaders.draw import check_batch_size, check_crop
+from loaders.draw import check_batch_size
 from loaders.index import Index
 from loaders.joint import JointLoader, Part, part_slots
+from loaders.rescale import check_crop
 from loaders.source import Source
 from nets.cnn_m import CNNM, output_px
 from train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint

@@ -26,6 +26,7 @@ def stream_spec(config: Config, stream: str) -> StreamSpec:
         stream=stream,
         L=data.L,
         crop_px=data.crop_px,
+        size_px=None if data.size == "auto" else int(data.size),
         subtract_mean=data.subtract_mean,
         color_jitter=data.color_jitter,
         random_mirror=data.random_mirror,
