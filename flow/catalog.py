@@ -35,11 +35,12 @@ class Lists:
     """What the list files of a data set say, whether or not the videos are there.
 
     official_ids: class name -> number, where the data set's authors number their classes.
-    splits: "split1_train", "split1_test", ... -> video ids.
+    splits: "split1_train", "split1_test", ... -> video ids. unused: ids that the lists name for no side of a split.
     """
 
     official_ids: dict[str, int] = field(default_factory=dict)
     splits: dict[str, list[str]] = field(default_factory=dict)
+    unused: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -66,18 +67,22 @@ def read_catalog(root: Path, splits_dir: Path | None = None, dataset: str | None
     Raises ValueError for unusable names, contradictory lists, or lists that name none of the videos.
     """
     videos = list_videos(root)
+    name, lists = read_lists(splits_dir, dataset)
+    return match(name, root, videos, lists or Lists(splits=split_by_folder(videos, seed)))
+
+
+def read_lists(splits_dir: Path | None, dataset: str | None) -> tuple[str, Lists | None]:
+    """Name of a data set and its official lists, which "folder" does not have. Arguments as of `read_catalog`."""
     dataset = dataset or _detect(splits_dir)
     if dataset == "folder":
         if splits_dir is not None:
             raise ValueError(f"The dataset 'folder' makes its own split; it does not read the lists in {splits_dir}.")
-        lists = Lists(splits=split_by_folder(videos, seed))
-    elif dataset not in LIST_READERS:
+        return dataset, None
+    if dataset not in LIST_READERS:
         raise ValueError(f"dataset {dataset!r} is unknown; there are {', '.join(LIST_READERS)} and folder.")
-    elif splits_dir is None:
+    if splits_dir is None:
         raise ValueError(f"The dataset {dataset!r} needs its official list files: give their folder as --splits.")
-    else:
-        lists = LIST_READERS[dataset](splits_dir)
-    return _match(dataset, root, videos, lists)
+    return dataset, LIST_READERS[dataset](splits_dir)
 
 
 def list_videos(root: Path, extensions: Set[str] = VIDEO_EXTENSIONS, what: str = "video") -> list[Video]:
@@ -107,6 +112,14 @@ def list_videos(root: Path, extensions: Set[str] = VIDEO_EXTENSIONS, what: str =
 
 
 def _files(root: Path, extensions: Set[str]) -> Iterator[Path]:
+    for folder, files in walk(root):
+        for name in files:
+            if Path(name).suffix.lower() in extensions:
+                yield Path(folder, name)
+
+
+def walk(root: Path) -> Iterator[tuple[str, list[str]]]:
+    """A folder and every one below it, with the names of its files in order. Hidden ones are passed over."""
     seen = set()
     for folder, folders, files in os.walk(root, followlinks=True):
         # Links are followed, since data sets are often linked together; but not in circles.
@@ -116,9 +129,7 @@ def _files(root: Path, extensions: Set[str]) -> Iterator[Path]:
             for name in folders
             if not name.startswith(".") and os.path.realpath(os.path.join(folder, name)) not in seen
         )
-        for name in sorted(files):
-            if not name.startswith(".") and Path(name).suffix.lower() in extensions:
-                yield Path(folder, name)
+        yield folder, sorted(name for name in files if not name.startswith("."))
 
 
 def seeded_order(ids: list[str], seed: int) -> list[str]:
@@ -147,15 +158,15 @@ def split_by_folder(videos: Sequence[Video], seed: int) -> dict[str, list[str]]:
     return {"split1_train": sorted(train), "split1_test": sorted(test)}
 
 
-def _match(dataset: str, root: Path, videos: list[Video], lists: Lists) -> Catalog:
-    """Hold the lists against the videos that are there."""
+def match(dataset: str, root: Path, videos: Sequence[Video], lists: Lists) -> Catalog:
+    """Hold the lists against the videos that are there. Raises ValueError as `read_catalog` does."""
     present = {video.video_id for video in videos}
     listed = dict.fromkeys(video_id for ids in lists.splits.values() for video_id in ids)
     if present.isdisjoint(listed):
         raise ValueError(
             f"The lists name none of the {len(videos)} videos in {root}. They begin with "
-            f"{next(iter(listed), 'nothing')!r}, the folder with {videos[0].video_id!r}: --videos is the folder that "
-            "holds the class folders."
+            f"{next(iter(listed), 'nothing')!r}, the folder with {videos[0].video_id!r}: give the folder that holds "
+            "the class folders."
         )
     for name, ids in lists.splits.items():
         other = name.replace("_train", "_test")
@@ -163,7 +174,7 @@ def _match(dataset: str, root: Path, videos: list[Video], lists: Lists) -> Catal
             raise ValueError(f"{min(both)!r} stands in {name} and in {other}; a video is for training or for testing.")
     return Catalog(
         dataset,
-        videos,
+        list(videos),
         lists.official_ids,
         {name: [video_id for video_id in ids if video_id in present] for name, ids in lists.splits.items()},
         missing=[video_id for video_id in listed if video_id not in present],
@@ -231,6 +242,7 @@ def read_ucf101_lists(splits_dir: Path) -> Lists:
 def read_hmdb51_lists(splits_dir: Path) -> Lists:
     """HMDB-51: `<class>_test_split<N>.txt`, lines "<file> 0|1|2": unused, training, test. Classes have no numbers."""
     splits: dict[str, list[str]] = {}
+    named = set()
     for path in sorted(splits_dir.glob("*_test_split*.txt")):
         class_name, number = path.stem.rsplit("_test_split", 1)
         sides = [f"split{number}_{side}" for side in ("train", "test")]
@@ -239,11 +251,12 @@ def read_hmdb51_lists(splits_dir: Path) -> Lists:
         for place, name, use in _lines(path):
             if use not in (0, 1, 2):
                 raise ValueError(f"{place}: {use} after {name!r}; expected 0 (unused), 1 (training) or 2 (test).")
+            named.add(f"{class_name}/{name}")
             if use:
                 splits[sides[use - 1]].append(f"{class_name}/{name}")
     if not splits:
         raise ValueError(f"{splits_dir} holds no <class>_test_split1.txt.")
-    return Lists(splits=splits)
+    return Lists(splits=splits, unused=sorted(named.difference(*splits.values())))
 
 
 LIST_READERS: dict[str, Callable[[Path], Lists]] = {"ucf101": read_ucf101_lists, "hmdb51": read_hmdb51_lists}

@@ -28,12 +28,12 @@ class Codec:
 
     range: "per-field", each component over its own (min, max); or "fixed", all over (-bound_px, bound_px), saturating,
         as common flow JPEG folders do (bound_px = 20).
-    quality: of JPEG, 1..100, for components and RGB frames.
+    quality: of JPEG, 1..100, for components and RGB frames; None for files of other tools, which do not tell it.
     """
 
     range: str = "per-field"
     bound_px: float | None = None
-    quality: int = 90
+    quality: int | None = 90
     name: str = NAME
     version: int = VERSION
 
@@ -50,11 +50,11 @@ class Codec:
             )
         if self.bound_px is not None and not 0 < self.bound_px < np.inf:
             raise ValueError(f"bound_px={self.bound_px} px: the bound is a positive number of pixels, such as 20.")
-        if not 1 <= self.quality <= 100:
+        if self.quality is not None and not 1 <= self.quality <= 100:
             raise ValueError(f"quality={self.quality}: JPEG quality is 1..100; 90 is the default.")
 
     @staticmethod
-    def from_option(range_option: str, quality: int) -> "Codec":
+    def from_option(range_option: str, quality: int | None) -> "Codec":
         """Codec of the command line's `--range`: "per-field", or a bound in px such as "20"."""
         if range_option == "per-field":
             return Codec(quality=quality)
@@ -101,13 +101,31 @@ def encode_component(component: npt.NDArray[np.float32], codec: Codec) -> Coded:
         lo, hi = float(component.min()), float(component.max())
         # Stored ranges are float32: round them now, so that what is written is what was quantised with.
         hi = float(np.float32(max(hi, lo + max(MIN_RANGE_PX, abs(lo) * 1e-4))))
-    codes = np.rint((component - np.float32(lo)) * np.float32(255 / (hi - lo)))
-    return Coded(_encode(np.clip(codes, 0, 255).astype(np.uint8), codec.quality), lo, hi)
+    offset = component - np.float32(lo)
+    if codec.bound_px is not None:
+        np.clip(offset, 0, hi - lo, out=offset)
+    # Scaled, rounded half to even and narrowed in one pass; nothing is negative, so that "Abs" changes nothing.
+    codes = import_cv2().convertScaleAbs(offset, alpha=float(np.float32(255 / (hi - lo))))
+    return Coded(_encode(codes, codec.quality), lo, hi)
 
 
 def decode_component(jpeg: bytes, lo: float, hi: float) -> npt.NDArray[np.float32]:
     """The component (H, W) float32 px/frame that `encode_component` stored. Raises ValueError if undecodable."""
-    return decode_grey(jpeg) * np.float32((hi - lo) / 255) + np.float32(lo)
+    component = decode_grey(jpeg) * np.float32((hi - lo) / 255)
+    component += np.float32(lo)
+    return component
+
+
+def coding_error(component: npt.NDArray[np.float32], coded: Coded) -> tuple[float, float]:
+    """Sum and largest of |decoded - component| in px, of a component (H, W) that was decoded for it.
+
+    So it proves the JPEG too: raises ValueError if that cannot be decoded, or has another size.
+    """
+    decoded = decode_component(*coded)
+    if decoded.shape != component.shape:
+        raise ValueError(f"A component of shape {component.shape} was decoded with shape {decoded.shape}.")
+    cv2 = import_cv2()
+    return cv2.norm(decoded, component, cv2.NORM_L1), cv2.norm(decoded, component, cv2.NORM_INF)
 
 
 def decode_grey(jpeg: bytes) -> npt.NDArray[np.uint8]:
@@ -115,18 +133,22 @@ def decode_grey(jpeg: bytes) -> npt.NDArray[np.uint8]:
     return _decode(jpeg, import_cv2().IMREAD_GRAYSCALE)
 
 
-def encode_rgb(frame: npt.NDArray[np.uint8], quality: int) -> bytes:
+def encode_rgb(frame: npt.NDArray[np.uint8], quality: int | None) -> bytes:
     """JPEG of an RGB frame (H, W, 3) uint8."""
-    return _encode(frame[:, :, ::-1], quality)
+    cv2 = import_cv2()
+    return _encode(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR), quality)
 
 
 def decode_rgb(jpeg: bytes) -> npt.NDArray[np.uint8]:
     """RGB frame (H, W, 3) uint8 of a JPEG. Raises ValueError if undecodable."""
-    return np.ascontiguousarray(_decode(jpeg, import_cv2().IMREAD_COLOR)[:, :, ::-1])
-
-
-def _encode(image: npt.NDArray[np.uint8], quality: int) -> bytes:
     cv2 = import_cv2()
+    return np.asarray(cv2.cvtColor(_decode(jpeg, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB), np.uint8)
+
+
+def _encode(image: npt.NDArray[np.uint8], quality: int | None) -> bytes:
+    cv2 = import_cv2()
+    if quality is None:
+        raise ValueError("quality=None: files of other tools are packed as they are. To encode, give 1..100.")
     done, jpeg = cv2.imencode(".jpg", np.ascontiguousarray(image), [cv2.IMWRITE_JPEG_QUALITY, quality])
     if not done:
         raise ValueError(f"OpenCV could not encode an image of shape {image.shape} as JPEG.")

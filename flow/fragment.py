@@ -4,29 +4,39 @@
     forward    d_0   d_1   d_2   ...  d_63 | d_64   ...        d_t needs frame t+1: a clip is written at the next one's
     backward         b_1   b_2   ...  b_63 | b_64   ...        first frame; b_t stands with frame t
 
-The video is streamed; in memory are two frames and the encoded members of one clip.
+The video is streamed; in memory are the frames and fields of a few batches, and the encoded members of one clip. Where
+the flow method runs on a GPU, a thread reads and computes the next batch while this one is encoded: cores are left for
+it. On the CPU the thread would only take time from the other processes.
 """
 
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from flow.codec import Codec, decode_component, decode_rgb, encode_component, encode_rgb
-from flow.extract import FlowMethod, flow_method
+from flow.camera import CameraError, estimate_camera, subtract_camera
+from flow.codec import Codec, coding_error, decode_rgb, encode_component, encode_rgb
+from flow.extract import Field, FlowMethod, Grey, flow_method
+from flow.overlap import ahead
+from flow.pool import worker_number
 from flow.shard import CLIP_FRAMES, Clip, Member, write_clip
-from flow.video import import_cv2, read_frames, to_grey
+from flow.video import Frame, import_cv2, read_frames, to_grey
 
 
 @dataclass(frozen=True)
 class FragmentTask:
-    """A video, and all that its fragment depends on."""
+    """A video, and all that its fragment depends on.
+
+    parameters: of the method, in the place of its defaults. camera: subtract its motion. num_gpus: the method runs on
+    one of so many, every process's own, or on the CPU for 0.
+    """
 
     path: Path
     video_id: str
@@ -35,20 +45,25 @@ class FragmentTask:
     fragment: Path
     size_px: int
     method: str
+    parameters: Mapping[str, Any]
+    camera: bool
     backward: bool
     codec: Codec
+    num_gpus: int = 0
 
 
 @dataclass
 class Totals:
     """What was packed. Of one video, or by `add` of many.
 
+    num_uncompensated: fields that were left as they are, since the camera's motion could not be told.
     float32_bytes: of the fields before encoding. error_sum_px: sum of |decoded - extracted| over error_count values.
     """
 
     num_videos: int = 0
     num_frames: int = 0
     num_fields: int = 0
+    num_uncompensated: int = 0
     rgb_bytes: int = 0
     flow_bytes: int = 0
     float32_bytes: int = 0
@@ -66,10 +81,14 @@ class Totals:
 
 @dataclass(frozen=True)
 class FragmentReport:
-    """What became of a run of items: totals, and the reasons why some cannot be packed: item id -> reason."""
+    """What became of a run of items: totals, and the reasons why some cannot be packed: item id -> reason.
+
+    failure: why there is no fragment, if its process failed, and not an item.
+    """
 
     totals: Totals = field(default_factory=Totals)
     bad: dict[str, str] = field(default_factory=dict)
+    failure: str = ""
 
 
 @contextmanager
@@ -86,7 +105,7 @@ def fragment_file(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
-def encode_frame(frame: npt.NDArray[np.uint8], quality: int) -> bytes:
+def encode_frame(frame: npt.NDArray[np.uint8], quality: int | None) -> bytes:
     """JPEG of an RGB frame (H, W, 3) uint8, decoded once as proof. Raises ValueError if it does not survive that."""
     jpeg = encode_rgb(frame, quality)
     if decode_rgb(jpeg).shape != frame.shape:
@@ -114,57 +133,99 @@ def write_fragment(task: FragmentTask) -> FragmentReport:
     return FragmentReport(totals)
 
 
+class _Step(NamedTuple):
+    """A frame (H, W, 3), and the fields (2, H, W) px/frame between it and the one before, d_{t-1} and b_t, if any."""
+
+    frame: Frame
+    forward: Field | None
+    backward: Field | None
+
+
 class _FragmentWriter:
     """State of one video on its way: the open clip, and the totals so far."""
 
     def __init__(self, task: FragmentTask, file: BinaryIO) -> None:
         self._task = task
         self._file = file
-        self._method: FlowMethod = flow_method(task.method)
         self._totals = Totals(num_videos=1)
         self._clip: dict[str, dict[int, Member]] = {}
         self._size = (0, 0)
 
     def run(self) -> Totals:
-        previous: npt.NDArray[np.uint8] | None = None
-        for t, frame in enumerate(read_frames(self._task.path, self._task.size_px)):
-            grey = to_grey(frame)
-            if previous is None:
-                self._size = grey.shape
-            else:
-                self._add_field(("dx", "dy"), t - 1, previous, grey)
-                if t % CLIP_FRAMES == 0:
-                    self._write_clip(is_last=False)
-                if self._task.backward:
-                    self._add_field(("bdx", "bdy"), t, grey, previous)
-            self._add_frame(t, frame)
-            previous = grey
+        batches = self._batches()
+        with closing(ahead(batches) if self._task.num_gpus else batches) as stream:
+            for t, step in enumerate(chain.from_iterable(stream)):
+                self._add_step(t, step)
         self._write_clip(is_last=True)
         return self._totals
 
-    def _add_frame(self, t: int, frame: npt.NDArray[np.uint8]) -> None:
-        jpeg = encode_frame(frame, self._task.codec.quality)
+    # --- what a thread may do: reading and flow ---
+
+    def _batches(self) -> Generator[list[_Step], None, None]:
+        """All steps of the video, as many at a time as the method takes best."""
+        num_gpus = self._task.num_gpus
+        device = f"cuda:{worker_number() % num_gpus}" if num_gpus else "cpu"
+        method = flow_method(self._task.method, device, self._task.parameters)
+        frames: list[Frame] = []
+        greys: list[Grey] = []
+        for frame in read_frames(self._task.path, self._task.size_px):
+            frames.append(frame)
+            greys.append(to_grey(frame))
+            if len(greys) > method.batch_pairs:
+                yield self._steps(method, frames, greys)
+                frames, greys = [], greys[-1:]
+        if frames:
+            yield self._steps(method, frames, greys)
+
+    def _steps(self, method: FlowMethod, frames: list[Frame], greys: list[Grey]) -> list[_Step]:
+        """Steps of consecutive frames. greys: theirs, after that of the frame before them, if there is one."""
+        forward = self._fields(method, greys[:-1], greys[1:])
+        backward = self._fields(method, greys[1:], greys[:-1]) if self._task.backward else [None] * len(forward)
+        steps = list(map(_Step, frames[-len(forward) :], forward, backward))
+        return steps if len(steps) == len(frames) else [_Step(frames[0], None, None), *steps]
+
+    def _fields(self, method: FlowMethod, grey0: list[Grey], grey1: list[Grey]) -> list[Field]:
+        start = time.perf_counter()
+        fields = method.batch(np.stack(grey0), np.stack(grey1))
+        self._totals.flow_s += time.perf_counter() - start
+        if self._task.camera:
+            return [self._less_camera(grey, field) for grey, field in zip(grey0, fields, strict=True)]
+        return list(fields)
+
+    def _less_camera(self, grey: Grey, field: Field) -> Field:
+        try:
+            return subtract_camera(field, estimate_camera(grey, field))
+        except CameraError:
+            self._totals.num_uncompensated += 1
+            return field
+
+    # --- encoding and writing ---
+
+    def _add_step(self, t: int, step: _Step) -> None:
+        if step.forward is not None:
+            self._add_field(("dx", "dy"), t - 1, step.forward)
+            if t % CLIP_FRAMES == 0:
+                self._write_clip(is_last=False)
+        if step.backward is not None:
+            self._add_field(("bdx", "bdy"), t, step.backward)
+        jpeg = encode_frame(step.frame, self._task.codec.quality)
         self._clip.setdefault("rgb", {})[t] = Member(jpeg)
+        self._size = step.frame.shape[:2]
         self._totals.num_frames += 1
         self._totals.rgb_bytes += len(jpeg)
 
-    def _add_field(
-        self, kinds: tuple[str, str], t: int, grey0: npt.NDArray[np.uint8], grey1: npt.NDArray[np.uint8]
-    ) -> None:
-        start = time.perf_counter()
-        field = self._method(grey0, grey1)
-        self._totals.flow_s += time.perf_counter() - start
+    def _add_field(self, kinds: tuple[str, str], t: int, field: Field) -> None:
         for kind, component in zip(kinds, field, strict=True):
             coded = encode_component(component, self._task.codec)
             # Decoded at once: it proves the member, and tells what the coding costs.
-            error = np.abs(decode_component(coded.jpeg, coded.lo, coded.hi) - component)
+            error_sum, error_max = coding_error(component, coded)
             mean = float(component.mean(dtype=np.float64))
             self._clip.setdefault(kind, {})[t] = Member(coded.jpeg, coded.lo, coded.hi, mean)
             self._totals.flow_bytes += len(coded.jpeg)
             self._totals.float32_bytes += component.nbytes
-            self._totals.error_sum_px += float(error.sum(dtype=np.float64))
-            self._totals.error_max_px = max(self._totals.error_max_px, float(error.max()))
-            self._totals.error_count += error.size
+            self._totals.error_sum_px += error_sum
+            self._totals.error_max_px = max(self._totals.error_max_px, error_max)
+            self._totals.error_count += component.size
         self._totals.num_fields += 1
 
     def _write_clip(self, is_last: bool) -> None:

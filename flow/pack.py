@@ -1,19 +1,22 @@
-"""Videos to shards: `python -m flow.pack --videos DIR --out DIR`.
+"""Videos to shards: `python -m flow.pack --videos DIR --out DIR`. For `--flow-dir` see `flow.flow_dirs`.
 
 Every process turns one video at a time into a fragment; a shard is the fragments of a fixed number of videos, in a
 seeded order that mixes the classes. How a pack that was stopped goes on is said in `flow.resume`.
 """
 
 import argparse
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from flow.camera import MODELS, camera_metadata
 from flow.catalog import LIST_READERS, Catalog, Video, read_catalog, seeded_shards
 from flow.codec import Codec
-from flow.extract import DEFAULT_METHOD, FLOW_METHODS, flow_method
+from flow.extract import DEFAULT_METHOD, FLOW_METHODS, GPU_METHODS, flow_method
+from flow.flow_dirs import EXTERNAL, describe_files, pack_flow_dirs
 from flow.fragment import FragmentTask, Totals, write_fragment
 from flow.pool import default_num_workers
 from flow.resume import (
@@ -32,6 +35,9 @@ from flow.resume import (
 
 VIDEOS_PER_SHARD = 32
 
+#: Processes of one GPU: each has memory of its own on it.
+WORKERS_PER_GPU = 16
+
 
 def pack(
     videos: Path,
@@ -40,17 +46,24 @@ def pack(
     splits: Path | None = None,
     dataset: str | None = None,
     method: str = DEFAULT_METHOD,
+    parameters: Mapping[str, Any] | None = None,
+    camera: str | None = None,
     codec: Codec | None = None,
     size_px: int = 256,
     backward: bool = False,
     seed: int = 0,
     videos_per_shard: int = VIDEOS_PER_SHARD,
     num_workers: int | None = None,
+    num_gpus: int | None = None,
 ) -> PackReport:
     """Pack a folder of videos (`Class/clip.avi`) into shards, or go on with a pack that was stopped.
 
-    splits, dataset: the official list files, see `flow.catalog.read_catalog`. size_px: the smaller side of the frames.
-    backward: also the fields from frame t to t-1. num_workers: processes, by default one per core.
+    splits, dataset: the official list files, see `flow.catalog.read_catalog`. method, parameters: see
+    `flow.extract.flow_method`. camera: subtract its motion, see `flow.camera`. size_px: the smaller side of the frames.
+    backward: also the fields from frame t to t-1. num_workers: processes, by default one per core, at most 16 a GPU.
+    num_gpus: how many to spread them over, by default all that are visible if the method can use one; 0: the CPU.
+
+    The number of processes and GPUs is no setting of the pack: it may go on with another.
 
     Raises ValueError if the folder or the lists are unusable, no video could be packed, or `out` holds a pack with
     other settings or of other videos. Bad videos are left out and reported.
@@ -62,9 +75,11 @@ def pack(
         )
     catalog = read_catalog(videos, splits, dataset, seed)
     codec = codec or Codec()
+    num_gpus = _num_gpus(method, num_gpus)
+    flow = flow_method(method, "cuda:0" if num_gpus else "cpu", parameters).metadata()
     settings = {
         "name": catalog.name,
-        "flow": flow_method(method).metadata(),
+        "flow": {**flow, "camera": camera_metadata(camera)},
         "codec": codec.metadata(),
         "size_px": size_px,
         "backward": backward,
@@ -80,10 +95,10 @@ def pack(
             write_shards(
                 shards,
                 out,
-                partial(_task, catalog, settings),
+                partial(_task, catalog, settings, parameters or {}, num_gpus),
                 write_fragment,
                 items_per_task=1,
-                num_workers=num_workers or default_num_workers(),
+                num_workers=num_workers or min(default_num_workers(), WORKERS_PER_GPU * num_gpus or sys.maxsize),
                 unit="video",
             )
             write_lines(out / "missing_videos.txt", catalog.missing)
@@ -92,7 +107,26 @@ def pack(
     return read_report(out, missing=catalog.missing, unlisted=catalog.unlisted, was_complete=was_complete)
 
 
-def _task(catalog: Catalog, settings: dict[str, Any], fragment: Path, videos: Sequence[Video]) -> FragmentTask:
+def _num_gpus(method: str, asked: int | None) -> int:
+    """GPUs to use. Raises ValueError if there are fewer than asked for."""
+    if asked == 0 or (asked is None and method not in GPU_METHODS):
+        return 0
+    import torch
+
+    visible = torch.cuda.device_count()
+    if asked is not None and not 0 < asked <= visible:
+        raise ValueError(f"gpus={asked}: torch sees {visible} here. Ask for as many or fewer; 0 is the CPU.")
+    return visible if asked is None else asked
+
+
+def _task(
+    catalog: Catalog,
+    settings: dict[str, Any],
+    parameters: Mapping[str, Any],
+    num_gpus: int,
+    fragment: Path,
+    videos: Sequence[Video],
+) -> FragmentTask:
     (video,) = videos
     return FragmentTask(
         path=video.path,
@@ -102,8 +136,11 @@ def _task(catalog: Catalog, settings: dict[str, Any], fragment: Path, videos: Se
         fragment=fragment,
         size_px=settings["size_px"],
         method=settings["flow"]["method"],
+        parameters=parameters,
+        camera=settings["flow"]["camera"] is not None,
         backward=settings["backward"],
         codec=Codec.from_metadata(settings["codec"]),
+        num_gpus=num_gpus,
     )
 
 
@@ -114,6 +151,7 @@ def _summary(catalog: Catalog, totals: Totals, num_bytes: int) -> dict[str, int 
         "videos": totals.num_videos,
         "frames": totals.num_frames,
         "fields": totals.num_fields,
+        "fields_uncompensated": totals.num_uncompensated,
         "bytes": num_bytes,
         "rgb_bytes": totals.rgb_bytes,
         "flow_bytes": totals.flow_bytes,
@@ -137,7 +175,14 @@ def _parser() -> argparse.ArgumentParser:
         "same command.",
         epilog="Exit code 1: some videos are bad (unless --skip-bad), or listed and absent (with --strict). 2: error.",
     )
-    parser.add_argument("--videos", type=Path, required=True, help="folder of class folders of videos")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--videos", type=Path, help="folder of class folders of videos")
+    source.add_argument(
+        "--flow-dir",
+        type=Path,
+        help="folder of videos' folders of img_00001.jpg, flow_x_00001.jpg, ...: packs what other tools extracted as "
+        "it is; needs --range PX",
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of the packed data set")
     parser.add_argument("--splits", type=Path, help="folder of the official list files")
     parser.add_argument(
@@ -160,7 +205,24 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quality", type=int, default=90, help="of JPEG, 1..100 (default 90)")
     parser.add_argument("--size", type=int, default=256, help="smaller side of the frames in px (default 256)")
     parser.add_argument("--backward", action="store_true", help="also the fields from each frame to the one before")
-    parser.add_argument("--workers", type=int, help="processes (default: one per core)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        metavar="KEY=VALUE",
+        help="a parameter of the method, such as --set gamma=20, once for each; dataset.json lists all of them",
+    )
+    parser.add_argument("--camera", choices=MODELS, help="subtract the motion of the camera (default: leave it in)")
+    parser.add_argument(
+        "--gpus", type=int, help="GPUs to compute flow on; 0: the CPU (default: all, if the method can use one)"
+    )
+    parser.add_argument("--frames-dir", type=Path, help="with --flow-dir: where the frames are, if not with the fields")
+    parser.add_argument(
+        "--extra-field",
+        choices=["first", "last"],
+        help="with --flow-dir: which field to leave out where there are as many as frames; first for TSN's dense_flow",
+    )
+    parser.add_argument("--method-name", help=f"with --flow-dir: how the fields were computed (default {EXTERNAL})")
+    parser.add_argument("--workers", type=int, help="processes (default: one per core, at most 16 a GPU)")
     parser.add_argument("--videos-per-shard", type=int, default=VIDEOS_PER_SHARD, help="default %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of the order in the shards, and of the split by folders")
     parser.add_argument("--skip-bad", action="store_true", help="exit 0 although some videos are bad")
@@ -168,22 +230,73 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+#: Options without a meaning for folders of fields, and without one for videos.
+_OF_VIDEOS = ("method", "size", "quality", "backward", "camera", "gpus", "set")
+_OF_FLOW_DIRS = ("frames_dir", "extra_field", "method_name")
+
+
+def _pack_flow_dirs(options: argparse.Namespace, argv: list[str] | None) -> PackReport:
+    """Run `pack_flow_dirs` on the command line's options. Raises ValueError for one that would do nothing there."""
+    given = vars(_parser().parse_args(argv, argparse.Namespace(**dict.fromkeys(_OF_VIDEOS))))  # None: not in argv
+    useless = [f"--{name}" for name in _OF_VIDEOS if given[name] is not None]
+    if useless:
+        raise ValueError(
+            f"{', '.join(useless)} with --flow-dir: the files are packed as they are, nothing is computed or encoded. "
+            "Leave it out, or pack the --videos."
+        )
+    return pack_flow_dirs(
+        options.flow_dir,
+        options.out,
+        Codec.from_option(options.range, quality=None),
+        frames_dir=options.frames_dir,
+        splits=options.splits,
+        dataset=options.dataset,
+        method=options.method_name or EXTERNAL,
+        extra_field=options.extra_field,
+        seed=options.seed,
+        videos_per_shard=options.videos_per_shard,
+        num_workers=options.workers,
+    )
+
+
+def _pack_videos(options: argparse.Namespace) -> PackReport:
+    """Run `pack` on the command line's options. Raises ValueError for one that would do nothing there."""
+    useless = [f"--{name.replace('_', '-')}" for name in _OF_FLOW_DIRS if getattr(options, name) is not None]
+    if useless:
+        raise ValueError(f"{', '.join(useless)} with --videos: it is for --flow-dir. Leave it out.")
+    return pack(
+        options.videos,
+        options.out,
+        splits=options.splits,
+        dataset=options.dataset,
+        method=options.method,
+        parameters=dict(map(_parameter, options.set or ())),
+        camera=options.camera,
+        codec=Codec.from_option(options.range, options.quality),
+        size_px=options.size,
+        backward=options.backward,
+        seed=options.seed,
+        videos_per_shard=options.videos_per_shard,
+        num_workers=options.workers,
+        num_gpus=options.gpus,
+    )
+
+
+def _parameter(option: str) -> tuple[str, Any]:
+    """Key and value of `--set key=value`: the value is JSON (20, 0.5, true), or else text as it stands."""
+    key, equals, value = option.partition("=")
+    if not equals:
+        raise ValueError(f"--set {option}: expected key=value, such as gamma=20.")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
+
+
 def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     try:
-        report = pack(
-            options.videos,
-            options.out,
-            splits=options.splits,
-            dataset=options.dataset,
-            method=options.method,
-            codec=Codec.from_option(options.range, options.quality),
-            size_px=options.size,
-            backward=options.backward,
-            seed=options.seed,
-            videos_per_shard=options.videos_per_shard,
-            num_workers=options.workers,
-        )
+        report = _pack_flow_dirs(options, argv) if options.flow_dir else _pack_videos(options)
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -200,12 +313,11 @@ def _describe(report: PackReport, out: Path) -> str:
     lines += [
         f"{figures['videos']:,} videos, {figures['frames']:,} frames, {figures['fields']:,} fields "
         f"({report.dataset['flow']['method']}): {figures['bytes'] / 1e6:,.1f} MB",
-        f"flow {figures['flow_bytes'] / 1e6:,.1f} MB, as float32 {figures['float32_bytes'] / 1e6:,.1f} MB: "
-        f"{figures['ratio']:.1f}x smaller; error mean {figures['quantisation_error_mean_px']:.4f} px, "
-        f"largest {figures['quantisation_error_max_px']:.3f} px",
-        f"{figures['s_per_pair'] * 1e3:.1f} ms per pair of frames on one core, "
-        f"of which flow {figures['flow_s_per_pair'] * 1e3:.1f} ms",
     ]
+    lines += _describe_cost(figures) if "ratio" in figures else describe_files(report.dataset)
+    if report.dataset["flow"].get("camera"):
+        left = figures["fields_uncompensated"]
+        lines.append(f"camera motion subtracted; {left:,} fields that do not show it are left as they are")
     if report.missing:
         lines.append(f"{len(report.missing):,} listed videos are not in the folder: {out / 'missing_videos.txt'}")
     if report.unlisted:
@@ -214,6 +326,16 @@ def _describe(report: PackReport, out: Path) -> str:
         lines.append(f"{len(report.bad):,} bad videos were left out: {out / BAD_NAME}")
         lines += [f"  {video_id} {report.bad[video_id]}" for video_id in sorted(report.bad)[:10]]
     return "\n".join(lines)
+
+
+def _describe_cost(figures: dict[str, Any]) -> list[str]:
+    return [
+        f"flow {figures['flow_bytes'] / 1e6:,.1f} MB, as float32 {figures['float32_bytes'] / 1e6:,.1f} MB: "
+        f"{figures['ratio']:.1f}x smaller; error mean {figures['quantisation_error_mean_px']:.4f} px, "
+        f"largest {figures['quantisation_error_max_px']:.3f} px",
+        f"{figures['s_per_pair'] * 1e3:.1f} ms per pair of frames in one process, "
+        f"of which flow {figures['flow_s_per_pair'] * 1e3:.1f} ms",
+    ]
 
 
 if __name__ == "__main__":

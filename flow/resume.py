@@ -27,13 +27,15 @@ from typing import Any, Protocol, TypeVar
 from tqdm import tqdm
 
 from flow.catalog import Item
-from flow.fragment import FragmentReport, Totals
+from flow.fragment import FragmentReport, Totals, reason
 from flow.index import build_index, load_index, video_ids
 from flow.pool import run_pool
 from flow.shard import FORMAT_VERSION, commit_shard, shard_name, write_bytes, write_json
 
 WORK_FOLDER = ".pack"
 BAD_NAME = "bad_videos.txt"
+
+_DEATH = "ends the process that reads it: crashed in the decoder, or killed"
 
 
 class _HasFragment(Protocol):
@@ -121,21 +123,22 @@ def begin(out: Path, settings: dict[str, Any]) -> bool:
 
 
 def compare_settings(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    old, new = _flat(before), _flat(now)
-    differing = [f"{key}: {old.get(key)!r} before, {new[key]!r} now" for key in new if old.get(key) != new[key]]
-    if differing:
+    """Raise ValueError if a setting is another one. A missing key means None: packs from before it existed lack it."""
+    if differing := list(_differing(before, now)):
         raise ValueError(
             f"{out} was begun with other settings; {'; '.join(differing)}. Repeat the command as it was, or choose "
             "another --out. (input_sha256 stands for names and sizes of what is packed, and the splits.)"
         )
 
 
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings with dotted keys: {"flow": {"method": "dis"}} -> {"flow.method": "dis"}."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
+def _differing(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """What differs, with dotted keys: "flow.method: 'dis' before, 'tvl1' now"."""
+    for key, new in now.items():
+        old = before.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _differing(old, new, f"{prefix}{key}.")
+        elif old != new:
+            yield f"{prefix}{key}: {old!r} before, {new!r} now"
 
 
 def state_path(out: Path, number: int) -> Path:
@@ -167,7 +170,8 @@ def write_shards(
     """Write the shards that are not finished yet, in processes.
 
     make_task(fragment, items): what `write`, a function of a module, needs to turn a run of up to items_per_task items
-    into a fragment. If that ends its process, the run's items are packed one by one, and only the culprit is bad.
+    into a fragment. If that ends its process, or raises a RuntimeError, and does so again when it is repeated alone,
+    the run's items are packed one by one, and only the culprit is bad.
     """
     todo = [number for number in range(len(shards)) if not is_finished(out, number)]
     run = Path(tempfile.mkdtemp(prefix="run-", dir=out / WORK_FOLDER))
@@ -181,22 +185,24 @@ def write_shards(
         while runs:
             tasks = (make_task(path, shards[number][at.start : at.stop]) for path, (number, at) in runs.items())
             crashed: dict[Path, tuple[int, range]] = {}
-            for task, report in run_pool(write, tasks, num_workers):
+            for task, report in run_pool(write, tasks, num_workers, _failed):
                 number, places = runs[task.fragment]
-                if report is None and len(places) > 1:
+                report = report or FragmentReport(failure=_DEATH)
+                if report.failure and len(places) > 1:
                     crashed |= _cut(run, number, places, 1)
                     continue
-                reports[number][task.fragment] = report or FragmentReport(
-                    bad={
-                        shards[number][places[0]].video_id: "ends the process that reads it: crashed in the decoder, "
-                        "or killed"
-                    }
-                )
+                if report.failure:
+                    report = FragmentReport(bad={shards[number][places[0]].video_id: report.failure})
+                reports[number][task.fragment] = report
                 bar.update(len(places))
                 left[number] -= len(places)
                 if not left[number]:
                     _commit(out, number, reports.pop(number))
             runs = crashed
+
+
+def _failed(task: Any, error: RuntimeError) -> FragmentReport:
+    return FragmentReport(failure=f"fails, also when tried again alone: {type(error).__name__}: {reason(error)}")
 
 
 def _cut(folder: Path, number: int, places: range, size: int) -> dict[Path, tuple[int, range]]:

@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 
 from flow import fields
-from flow.codec import Codec, coded_size, decode_component, decode_grey, decode_rgb, encode_component, encode_rgb
+from flow.codec import (
+    Codec,
+    coded_size,
+    coding_error,
+    decode_component,
+    decode_grey,
+    decode_rgb,
+    encode_component,
+    encode_rgb,
+)
 from tests.conftest import smooth_noise
 
 
@@ -38,6 +47,22 @@ def test_own_range_is_the_components_and_a_fixed_one_saturates(component):
         for c in (Codec(), Codec(range="fixed", bound_px=20.0))
     )
     assert fine < coarse / 2
+
+
+@pytest.mark.parametrize("codec", [Codec(quality=60), Codec(range="fixed", bound_px=2.0)])
+def test_the_coding_error_is_that_of_the_decoded_component(component, codec):
+    coded = encode_component(component, codec)
+    error = np.abs(decode_component(*coded) - component)
+    total, largest = coding_error(component, coded)
+    assert total == pytest.approx(error.sum(dtype=np.float64), rel=1e-9) and largest == error.max()
+    with pytest.raises(ValueError, match=r"shape \(64, 79\) was decoded with shape \(64, 80\)"):
+        coding_error(component[:, :-1], coded)
+
+
+def test_displacements_beyond_all_bounds_saturate(component):
+    component[0, :8], component[0, 8:16] = 3e38, -3e38
+    codes = decode_grey(encode_component(component, Codec(range="fixed", bound_px=20.0, quality=100)).jpeg)
+    assert codes[0, :7].min() > 250 and codes[0, 9:16].max() < 5
 
 
 @pytest.mark.parametrize("value", [0.0, 3.25, -1e4])

@@ -1,23 +1,27 @@
 """flow.pack: the same bytes however the work was cut up, and every video that cannot be packed is named."""
 
+import dataclasses
 import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from flow import pack
+from flow import fragment, pack
 from flow.catalog import list_videos
 from flow.codec import Codec, decode_component, decode_rgb
 from flow.extract import flow_method
-from flow.pool import run_pool
+from flow.pool import run_pool, worker_number
 from flow.shard import read_clips
 from flow.video import import_cv2, read_frames, to_grey, write_video
+from tests.deadly import write_or_fail
 from tests.test_video import moving_frames, replace_frame
 
 
@@ -210,6 +214,103 @@ def test_bad_videos_are_named_and_the_rest_is_packed(videos, tmp_path, capsys):
     assert run(root, tmp_path / "skipped", "--skip-bad") == 0
 
 
+def test_a_video_on_which_the_gpu_fails_is_tried_again_alone_and_then_bad(videos, tmp_path, monkeypatch):
+    root, out = tmp_path / "videos", tmp_path / "set"
+    for video in list_videos(videos)[2:5]:
+        (root / video.class_name).mkdir(parents=True, exist_ok=True)
+        (root / video.class_name / video.path.name).symlink_to(video.path)
+    monkeypatch.setattr(pack, "write_fragment", write_or_fail)
+    assert run(root, out, "--workers", "1") == 1
+    (bad,) = (out / "bad_videos.txt").read_text().splitlines()
+    failure = "RuntimeError: CUDA out of memory. Tried to allocate 2 GiB"
+    assert bad == f"Run/v2 [Run]!\tfails, also when tried again alone: {failure}"
+    assert json.loads((out / "dataset.json").read_text())["num_videos"] == 2
+
+
+# --- batches -----------------------------------------------------------------------------------------------------
+
+
+class Methods:
+    """In the place of `flow_method`: as DIS, in batches, on any device; notes batches, devices and threads."""
+
+    def __init__(self, batch_pairs):
+        self.batch_pairs, self.sizes, self.devices, self.threads = batch_pairs, [], set(), set()
+
+    def __call__(self, name, device, parameters):
+        method = flow_method(name, "cpu", parameters)
+        self.devices.add(device)
+
+        def calc(grey0, grey1):
+            self.sizes.append(len(grey0))
+            self.threads.add(threading.current_thread())
+            return method.batch(grey0, grey1)
+
+        return dataclasses.replace(method, batch_pairs=self.batch_pairs, _calc=calc)
+
+
+def fragment_of(video, path, monkeypatch, methods, **options):
+    """Report and bytes of a video's fragment, made in this process."""
+    monkeypatch.setattr(fragment, "flow_method", methods)
+    options = {"parameters": {}, "camera": False, "backward": True, "codec": Codec(), **options}
+    report = fragment.write_fragment(
+        fragment.FragmentTask(video, "Run/v", "Run", None, path, size_px=48, method="dis", **options)
+    )
+    return report, path.read_bytes() if path.exists() else None
+
+
+@pytest.mark.parametrize("num_gpus", [0, 2])
+def test_the_bytes_do_not_depend_on_the_batches(videos, tmp_path, monkeypatch, num_gpus):
+    video = list_videos(videos)[1].path  # of 70 frames
+    expected = fragment_of(video, tmp_path / "single", monkeypatch, Methods(1))[1]
+    for batch_pairs, sizes in ((3, [3] * 23), (16, [16] * 4 + [5]), (69, [69]), (200, [69])):
+        methods = Methods(batch_pairs)
+        report, content = fragment_of(video, tmp_path / "f", monkeypatch, methods, num_gpus=num_gpus)
+        assert content == expected and methods.sizes[::2] == methods.sizes[1::2] == sizes
+        assert report.totals.num_fields == 2 * 69 and 0 < report.totals.flow_s < report.totals.video_s
+        assert methods.devices == {"cuda:0" if num_gpus else "cpu"}
+        assert (methods.threads == {threading.current_thread()}) == (num_gpus == 0)
+        assert not any(t.is_alive() for t in methods.threads - {threading.current_thread()})
+
+
+@pytest.mark.parametrize("num_gpus", [0, 2])
+def test_a_bad_video_leaves_neither_file_nor_thread(tmp_path, monkeypatch, num_gpus):
+    folder, methods = damage(tmp_path / "Bad"), Methods(16)
+    report, content = fragment_of(folder / "late.avi", tmp_path / "f", monkeypatch, methods, num_gpus=num_gpus)
+    assert "damaged" in report.bad["Run/v"] and content is None
+    monkeypatch.setattr(fragment, "encode_component", lambda *_: 1 / 0)
+    methods = Methods(2)
+    with pytest.raises(ZeroDivisionError):
+        fragment_of(folder / "late.avi", tmp_path / "f", monkeypatch, methods, num_gpus=num_gpus)
+    assert sum(methods.sizes) < 20, "it went on without need"
+    assert not any(t.is_alive() for t in methods.threads - {threading.current_thread()})
+
+
+def test_parameters_of_the_method_are_used_and_recorded(videos, tmp_path, monkeypatch, capsys):
+    given = {"FinestScale": 2, "PatchSize": 10}
+    video = list_videos(videos)[0].path
+    plain, other = (
+        fragment_of(video, tmp_path / "f", monkeypatch, flow_method, parameters=parameters)[1]
+        for parameters in ({}, given)
+    )
+    assert plain != other
+    root, out = tmp_path / "videos", tmp_path / "set"
+    root.mkdir()
+    (root / "Sit").symlink_to(videos / "Sit")
+    assert run(root, out, "--set", "FinestScale=2", "--set", "PatchSize=10") == 0
+    parameters = json.loads((out / "dataset.json").read_text())["flow"]["parameters"]
+    assert given.items() <= parameters.items() and parameters.keys() == flow_method().parameters.keys()
+    assert run(root, out) == 2 and "flow.parameters.FinestScale: 2 before, 1 now" in capsys.readouterr().err
+
+
+def test_gpus_are_those_that_are_visible_or_asked_for(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=SimpleNamespace(device_count=lambda: 3)))
+    assert [pack._num_gpus("brox", asked) for asked in (None, 0, 2, 3)] == [3, 0, 2, 3]
+    assert [pack._num_gpus("dis", asked) for asked in (None, 0)] == [0, 0]
+    for asked in (-1, 4):
+        with pytest.raises(ValueError, match=f"gpus={asked}: torch sees 3"):
+            pack._num_gpus("brox", asked)
+
+
 def test_nothing_to_pack_is_an_error(tmp_path, capsys):
     damage(tmp_path / "videos").rename(tmp_path / "Bad")
     (tmp_path / "videos").mkdir()
@@ -261,6 +362,8 @@ def test_a_pack_of_other_videos_is_not_gone_on_with(videos, tmp_path, capsys):
         (["--range", "wide"], "range 'wide'"),
         (["--size", "4"], "size_px=4"),
         (["--workers", "0"], "num_workers=0"),
+        (["--set", "gamma"], "expected key=value"),
+        (["--set", "FinestScal=1"], "did you mean FinestScale"),
         (["--dataset", "hmdb51"], "needs its official list files"),
     ],
 )
@@ -301,3 +404,36 @@ def test_a_process_that_dies_costs_only_its_own_task(tmp_path):
 def test_an_exception_of_a_task_is_raised(tmp_path):
     with pytest.raises(OSError, match="No space left"):
         list(run_pool(work, [(1, tmp_path), (-1, tmp_path)], 2))
+
+
+def fail(task):
+    """Tasks from 4 on raise a RuntimeError, task 4 only the first time."""
+    number, folder = task
+    if number > 4 or (number == 4 and not (folder / "failed").exists()):
+        (folder / "failed").touch()
+        raise RuntimeError(f"CUDA error in {number}")
+    return number
+
+
+def test_a_runtime_error_costs_only_its_own_task(tmp_path):
+    tasks = [(n, tmp_path) for n in (0, 1, 4, 2, 6, 3)]
+    found = {task[0]: result for task, result in run_pool(fail, tasks, 2, lambda task, error: (task[0], str(error)))}
+    assert found == {**{n: n for n in range(5)}, 6: (6, "CUDA error in 6")}
+
+
+def meet(task):
+    """The number of this worker, as soon as three workers are at work."""
+    _, folder = task
+    (folder / str(worker_number())).touch()
+    deadline = time.monotonic() + 60
+    while len(list(folder.iterdir())) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return worker_number()
+
+
+def test_every_worker_has_a_number_and_no_task_is_forgotten(tmp_path):
+    numbers = []
+    for _, number in run_pool(meet, [(n, tmp_path) for n in range(9)], 3):
+        numbers.append(number)
+        time.sleep(0.05)  # meanwhile all that was submitted is done
+    assert len(numbers) == 9 and set(numbers) == {0, 1, 2} and worker_number() == 0
