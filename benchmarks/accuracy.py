@@ -77,7 +77,7 @@ def floor_predictions(index: Index, splits: list[str]) -> dict[str, np.ndarray]:
 
 
 def collect(runs: Path, index: Index, splits: list[str], seeds: list[int]) -> tuple[dict[str, np.ndarray], list, dict]:
-    """Method -> correctness (V,) of the pooled test videos, mean over seeds; their ids; and the pooled confusions."""
+    """Method -> correctness (seeds, V) of the pooled test videos; their ids; and the pooled confusions."""
     found: dict[str, list[np.ndarray]] = {}
     confusions: dict[str, np.ndarray] = {}
     ids: list[str] = []
@@ -89,10 +89,10 @@ def collect(runs: Path, index: Index, splits: list[str], seeds: list[int]) -> tu
         labels = np.array(results[0]["labels"])
         for method in results[0]["methods"]:
             predicted = np.array([r["methods"][method]["predicted"] for r in results])  # (seeds, videos)
-            found.setdefault(method, []).append((predicted == labels).mean(0))
+            found.setdefault(method, []).append((predicted == labels).astype(float))
             counts = confusions.setdefault(method, np.zeros((len(index.classes),) * 2, int))
             np.add.at(counts, (np.broadcast_to(labels, predicted.shape), predicted), 1)
-    return {method: np.concatenate(parts) for method, parts in found.items()}, ids, confusions
+    return {method: np.concatenate(parts, axis=1) for method, parts in found.items()}, ids, confusions
 
 
 def data_wait_pct(runs: list[Path]) -> dict[str, dict[str, float]]:
@@ -148,7 +148,8 @@ def main(argv: list[str] | None = None) -> int:
     folder = options.runs or Path("runs") / options.config
     splits = [f"split{split}" for split in options.splits]
     runs = train_missing(options, folder)
-    correct, ids, confusions = collect(folder, index, splits, options.seeds)
+    by_seed, ids, confusions = collect(folder, index, splits, options.seeds)
+    correct = {method: values.mean(0) for method, values in by_seed.items()}
     floor = floor_predictions(index, splits)
     correct["floor"] = np.concatenate([floor[s] == index.labels[index.split(f"{s}_test")] for s in splits]).astype(
         float

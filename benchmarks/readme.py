@@ -129,6 +129,99 @@ def footprint_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def flow_accuracy_table(result: dict[str, Any]) -> str:
+    """End-point error of every method on every pair, and the mean; parameters where they are not the defaults."""
+    pairs = list(result["data"]["size_px"])
+    lines = [f"| method | {' | '.join(pairs)} | after the codec | mean |", "| --- |" + " --- |" * (len(pairs) + 2)]
+    for row in (row for row in result["rows"] if "error" not in row):
+        errors = " | ".join(f"{row['epe_px'][pair]:.3f}" for pair in pairs)
+        lines.append(f"| `{row['name']}` | {errors} | {row['coded_epe_mean_px']:.3f} | {row['epe_mean_px']:.3f} |")
+    lines.append("\nEnd-point error in px over the pixels whose flow is known." + _unlike_defaults(result["rows"]))
+    if "brox_no_worse_than_dis" in result:
+        lines[-1] += f" `brox` is no worse than `dis` on {result['brox_no_worse_than_dis']} of {len(pairs)} pairs."
+    return "\n".join(lines)
+
+
+def _unlike_defaults(rows: list[dict[str, Any]]) -> str:
+    """How rows of one method differ, such as " `brox_fine` is brox with scale 0.95."; the method's own row is first."""
+    parameters = {row["name"]: row["flow"]["parameters"] for row in rows if "flow" in row}
+    text = ""
+    for row in (row for row in rows if "flow" in row):
+        method, own = row["flow"]["method"], parameters[row["name"]]
+        changed = [f"{key} {own[key]}" for key in own if own[key] != parameters.get(method, own).get(key)]
+        if changed:
+            text += f" `{row['name']}` is {method} with {', '.join(changed)}."
+    return text
+
+
+def flow_extraction_table(result: dict[str, Any]) -> str:
+    """What every method costs, the ceilings, the whole pack, and what was aimed at."""
+    height, width = result["data"]["size_px"]
+    lines = [
+        "| | pairs/s, median (min to max) | CPU ms a pair | error | bytes a field | hours for UCF-101 |",
+        "| --- |" + " --- |" * 5,
+    ]
+    for row in (row for row in result["rows"] if "error" not in row):
+        rate, error, hours = row["pairs_per_s"], row.get("epe_mean_px"), row.get("hours_ucf101")
+        cells = [
+            f"`{row['name']}`" + (f", {row['device']}" if row["device"] != result["config"]["device"] else ""),
+            f"{digits(rate['median'])} ({digits(rate['min'])} to {digits(rate['max'])})",
+            digits(1000 * row["cpu_s_per_pair"]),
+            UNKNOWN if error is None else f"{error:.3f} px",
+            num_bytes(row.get("bytes_per_field")),
+            digits(hours),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    paper = result["paper"]
+    cells = ["the paper, on one GPU", digits(1 / paper["s_per_pair"]), UNKNOWN, UNKNOWN, UNKNOWN]
+    lines.append(f"| {' | '.join(cells)} | {digits(paper['hours_ucf101'])} |")
+    lines.append(
+        f"\n{result['data']['pairs']} pairs of {width}x{height} px; on the CPU one process on each of "
+        f"{result['config']['cores']} cores. UCF-101: {result['ucf101_pairs'] / 1e6:.1f} million pairs; the paper's "
+        f"time is {paper['s_per_pair']} s a pair."
+    )
+    if pack := result.get("pack"):
+        ratio = pack["ratio"]
+        lines[-1] += (
+            f" A whole pack with `{pack['method']}`, {pack['pairs']:,} pairs, takes {ratio['median']:.2f} "
+            f"({ratio['min']:.2f} to {ratio['max']:.2f}) times as long as the larger of its parts alone, decoding and "
+            f"resizing, and flow; aimed at: {pack['target']}."
+        )
+    for target in result["targets"]:
+        more = target.get("epe_above_deepflow_px")
+        error = "" if more is None else f", {more:+.3f} px of error"
+        lines[-1] += (
+            f" `{target['row']}`, {target['what']}: {digits(target['value'])}{error}; aimed at: {target['target']}."
+        )
+    return "\n".join(lines)
+
+
+def flow_choice_table(result: dict[str, Any]) -> str:
+    """Size, loss and accuracy of every packing, and the paired difference to the first."""
+    first = result["rows"][0]["name"]
+    lines = [
+        f"| packing | bytes a field | error of the codec | accuracy | 95 % interval | paired difference to `{first}` |",
+        "| --- |" + " --- |" * 5,
+    ]
+    for row in result["rows"]:
+        low, high = row["interval_95_pct"]
+        difference = UNKNOWN
+        if "difference" in row:
+            least, most = row["difference"]["interval_95_pct"]
+            difference = f"{row['difference']['pct']:+.1f} ({least:+.1f} to {most:+.1f})"
+        cells = [f"`{row['name']}`", num_bytes(row["bytes_per_field"]), f"{row['quantisation_error_mean_px']:.4f} px"]
+        cells += [f"{row['pct']:.1f} %", f"{low:.1f} to {high:.1f} %", difference]
+        lines.append(f"| {' | '.join(cells)} |")
+    seeds = "1 seed" if result["num_seeds"] == 1 else f"{result['num_seeds']} seeds"
+    resolved, data = result["config"]["resolved"], result["data"]
+    lines.append(
+        f"\n{result['num_videos']} test videos from {result['num_sources']} sources, {seeds}; chance "
+        f"{result['chance_pct']:.0f} %. {data['num_frames'] / data['num_videos']:.0f} frames of every clip at "
+        f"{data['size_px']} px, {resolved['temporal.steps']} steps of {resolved['train.batch_size']}."
+    )
+    return "\n".join(lines)
+
+
 def num_bytes(value: float | None) -> str:
     """Bytes, in the largest decimal unit of which there is one."""
     if value is None:
@@ -154,6 +247,9 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "footprint": ("footprint.json", footprint_table),
     "train_step": ("train_step.json", train_step_table),
     "scaling": ("scaling.json", scaling_table),
+    "flow_accuracy": ("flow_accuracy.json", flow_accuracy_table),
+    "flow_extraction": ("flow_extraction.json", flow_extraction_table),
+    "flow_choice": ("flow_choice.json", flow_choice_table),
 }
 
 

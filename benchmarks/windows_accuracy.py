@@ -8,52 +8,27 @@ of ucf101_mini, so that 27 runs fit into two hours of two cores.
 """
 
 import argparse
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from accuracy import collect
 from common import RESULTS, write_result
+from trained import Arm, compare, list_runs, train_missing
 
 import numpy as np  # isort: skip
 
 from loaders.index import open_index
-from train.config import differing_keys, read_config, resolve_config, to_flat
+from train.config import read_config, to_flat
 from train.fuse import source_group
 from train.log import read_log
-from train.statistics import bootstrap_pct
 
-OVERRIDES = [
+OVERRIDES = (
     "train.streams=[temporal]",
     "temporal.steps=400",
     "temporal.milestones=[250,350]",
     "eval.num_taus_train=1",  # nothing is fused here
-]
-
-
-def train_missing(options: argparse.Namespace, k: int, folder: Path) -> list[Path]:
-    """Folders of all runs with one k; those without results are trained, or go on."""
-    runs = []
-    for seed in options.seeds:
-        for split in options.splits:
-            run = folder / f"split{split}_seed{seed}"
-            runs.append(run)
-            overrides = [f"data.root={options.data}", f"data.split=split{split}", f"train.seed={seed}"]
-            overrides += [f"data.stacks_per_window={k}", *OVERRIDES, *options.overrides]
-            if not (run / "results.json").exists():
-                command = ["--gpus", "0", "--config", options.config, "--run", str(run), *overrides]
-                subprocess.run([sys.executable, "-m", "train.launch", *command], check=True)
-            elif differing := differing_keys(
-                read_config(run / "config.yaml"), resolve_config(options.config, overrides)
-            ):
-                sys.exit(f"{run} was trained with another config: {'; '.join(differing)}. Choose another --runs.")
-    return runs
-
-
-def summarise(values: np.ndarray, groups: np.ndarray) -> dict[str, Any]:
-    """Mean of values (V,) with its interval over sources, in percent."""
-    return {"pct": float(100 * values.mean()), "interval_95_pct": bootstrap_pct(values, groups)}
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -70,20 +45,21 @@ def main(argv: list[str] | None = None) -> int:
 
     index = open_index(options.data)
     splits = [f"split{split}" for split in options.splits]
-    correct: dict[int, np.ndarray] = {}
-    rows: list[dict[str, Any]] = []
-    for k in options.k:
-        runs = train_missing(options, k, options.runs / f"k{k}")
-        methods, ids, _ = collect(options.runs / f"k{k}", index, splits, options.seeds)
-        correct[k] = methods["temporal"]
-        groups = np.array([source_group(video_id) for video_id in ids])
-        lines = [line for run in runs for line in read_log(run / "temporal" / "log.jsonl")]
-        row = {"k": k, **summarise(correct[k], groups)}
-        row["data_wait_pct"] = float(np.median([line["data_wait_pct"] for line in lines]))
-        if k != options.k[0]:
-            row["difference"] = summarise(correct[k] - correct[options.k[0]], groups)
-        rows.append(row)
-    resolved = {key: v for key, v in to_flat(read_config(runs[0] / "config.yaml")).items() if key != "data.root"}
+    arms = [Arm(f"k{k}", options.data, (f"data.stacks_per_window={k}",)) for k in options.k]
+    schedule = [*OVERRIDES, *options.overrides]
+    runs = list_runs(arms, options.runs, options.config, options.splits, options.seeds, schedule)
+    train_missing(runs)
+    correct: dict[str, np.ndarray] = {}
+    waits: dict[str, float] = {}
+    for arm in arms:
+        methods, ids, _ = collect(options.runs / arm.name, index, splits, options.seeds)
+        correct[arm.name] = methods["temporal"].mean(0)
+        logs = [read_log(run.folder / "temporal" / "log.jsonl") for run in runs if run.folder.parent.name == arm.name]
+        waits[arm.name] = float(np.median([line["data_wait_pct"] for log in logs for line in log]))
+    groups = np.array([source_group(video_id) for video_id in ids])
+    compared = compare(correct, groups)
+    rows: list[dict[str, Any]] = [{"k": k, **compared[f"k{k}"], "data_wait_pct": waits[f"k{k}"]} for k in options.k]
+    resolved = {key: v for key, v in to_flat(read_config(runs[0].folder / "config.yaml")).items() if key != "data.root"}
     config: dict[str, Any] = {"dataset": index.fingerprint, "resolved": resolved, "overrides": options.overrides}
     config |= {"splits": options.splits, "seeds": options.seeds}
     counts = {"num_videos": len(ids), "num_sources": len(set(groups)), "num_seeds": len(options.seeds)}

@@ -47,6 +47,8 @@ def test_gpu_proof_runs_its_steps_on_the_cpu(packed_demo, tmp_path):
         "loader_throughput_spatial",
         "train_step",
         "scaling",
+        "flow_accuracy",
+        "flow_extraction",
     ]
     assert {step["exit_status"] for step in steps} == {0}
 
@@ -73,11 +75,17 @@ def test_gpu_proof_runs_its_steps_on_the_cpu(packed_demo, tmp_path):
     ]
     assert all(row["speedup"] == 1 for row in result["rows"]) and result["projection"]
 
+    rows = json.loads((tmp_path / "flow_accuracy_cpu.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["dis", "brox"] and all(row["epe_mean_px"] < 0.5 for row in rows)
+    rows = json.loads((tmp_path / "flow_extraction_cpu.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["dis", "brox", "decode_resize", "jpeg"]
+    assert all(row["pairs_per_s"]["median"] > 0 for row in rows)
+
 
 def test_gpu_proof_keeps_to_nine_minutes():
     script = (ROOT / "benchmarks" / "gpu_proof.sh").read_text()
     budgets = re.findall(r"^step \w+ (\d+)|(?:temporal|spatial):(\d+)", script, re.M)
-    assert len(budgets) == 6 and sum(int(a or b) for a, b in budgets) <= 540
+    assert len(budgets) == 8 and sum(int(a or b) for a, b in budgets) <= 540
 
 
 def test_a_gpus_cases_are_few():
