@@ -36,6 +36,9 @@ DEFAULTS: dict[str, Any] = {
     "sigma": 0.6,
 }
 
+#: Of the numerics below; a change of what they yield counts it up, so that no pack mixes two.
+VERSION = "1"
+
 EPSILON = 1e-3
 OMEGA = 1.95
 MIN_SIDE_PX = 16

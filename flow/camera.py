@@ -83,16 +83,19 @@ def _check_shift(homography: Homography, height: int, width: int) -> None:
     corners = np.array([(x, y, 1) for x in (0, width - 1) for y in (0, height - 1)], np.float64).T
     x, y, depth = homography @ corners
     limit_px = MAX_SHIFT * min(height, width)
-    # A depth of another sign: the frame would be seen from behind, in part.
-    if not (depth > 0).all() or np.hypot(x / depth - corners[0], y / depth - corners[1]).max() > limit_px:
+    if not np.hypot(x / depth - corners[0], y / depth - corners[1]).max() <= limit_px:  # NaN is refused too
         raise CameraError(f"a corner of the frame would move by more than {limit_px:.0f} px.")
 
 
 def camera_motion(homography: Homography, height: int, width: int) -> Field:
-    """H x - x at every pixel x of a frame: (2, height, width) float32 px/frame."""
-    x, y = np.arange(width, dtype=np.float64), np.arange(height, dtype=np.float64)[:, None]
-    across, down, depth = (row[0] * x + (row[1] * y + row[2]) for row in homography)
-    return np.stack([across / depth - x, down / depth - y]).astype(np.float32)
+    """H x - x at every pixel x of a frame: (2, height, width) float32 px/frame, to 1e-4 px."""
+    x, y = np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32)[:, None]
+    across, down, depth = (row[0] * x + (row[1] * y + row[2]) for row in homography.astype(np.float32))
+    across /= depth
+    across -= x
+    down /= depth
+    down -= y
+    return np.stack([across, down])
 
 
 def subtract_camera(field: Field, homography: Homography) -> Field:

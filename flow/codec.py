@@ -90,7 +90,8 @@ def encode_component(component: npt.NDArray[np.float32], codec: Codec) -> Coded:
     Before JPEG the error is at most half a step, (hi - lo) / 510; a fixed range also saturates at its bound.
     Raises ValueError for values that are not finite.
     """
-    if not np.isfinite(component).all():
+    smallest, largest = float(component.min()), float(component.max())  # of which one is NaN if any value is
+    if not (np.isfinite(smallest) and np.isfinite(largest)):
         raise ValueError(
             f"A component of shape {component.shape} holds values that are not finite; a field is finite px/frame. "
             "The flow method failed on this pair of frames."
@@ -98,9 +99,9 @@ def encode_component(component: npt.NDArray[np.float32], codec: Codec) -> Coded:
     if codec.bound_px is not None:
         lo, hi = -codec.bound_px, codec.bound_px
     else:
-        lo, hi = float(component.min()), float(component.max())
         # Stored ranges are float32: round them now, so that what is written is what was quantised with.
-        hi = float(np.float32(max(hi, lo + max(MIN_RANGE_PX, abs(lo) * 1e-4))))
+        lo, hi = smallest, max(largest, smallest + max(MIN_RANGE_PX, abs(smallest) * 1e-4))
+        hi = float(np.float32(hi))
     offset = component - np.float32(lo)
     if codec.bound_px is not None:
         np.clip(offset, 0, hi - lo, out=offset)

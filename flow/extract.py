@@ -10,6 +10,7 @@ What each costs and how far it is off: benchmarks/flow_accuracy.py and flow_extr
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
@@ -26,13 +27,19 @@ DEFAULT_METHOD = "dis"
 #: Methods that can run on a GPU; the others run on the CPU alone.
 GPU_METHODS = frozenset({"brox", "nvof"})
 
+#: Pairs that one call takes, of frames of up to so many pixels: a CPU's caches hold few, and a GPU wants many for each
+#: launch of a kernel.
+BATCH_PIXELS = 341 * 256
+BROX_BATCH = {"cpu": 4, "cuda": 64}
+NVOF_BATCH = 32
+
 
 @dataclass(frozen=True)
 class FlowMethod:
     """A way to compute displacement: `method(grey0, grey1)` maps two frames (H, W) uint8 to the field of grey0.
 
     The field is (2, H, W) float32 px/frame, channels dx, dy: grey0[y, x] is found again at grey1[y + dy, x + dx].
-    `method.batch` does the same for many pairs at once, best for `batch_pairs` of them.
+    `method.batch` does the same for many pairs at once, best for `pairs_at_once` of them. device: "cpu" or "cuda".
     Raises ValueError if the frames differ in shape, or the method yields values that are not finite.
     """
 
@@ -42,6 +49,7 @@ class FlowMethod:
     version: str
     batch_pairs: int
     _calc: Callable[[Grey, Grey], Field]
+    device: str = "cpu"
 
     def __call__(self, grey0: Grey, grey1: Grey) -> Field:
         return self.batch(grey0[None], grey1[None])[0]
@@ -50,28 +58,36 @@ class FlowMethod:
         """Fields (N, 2, H, W) float32 px/frame of the pairs grey0[i], grey1[i]: two arrays (N, H, W) uint8."""
         if grey0.shape != grey1.shape or grey0.ndim != 3 or grey0.dtype != np.uint8 or grey1.dtype != np.uint8:
             raise ValueError(
-                f"grey0 is {grey0.dtype} {grey0.shape[1:]}, grey1 {grey1.dtype} {grey1.shape[1:]}: expected two uint8 "
-                "(H, W)."
+                f"grey0 is {grey0.dtype} {grey0.shape}, grey1 {grey1.dtype} {grey1.shape}: expected two uint8 "
+                "(N, H, W) of one shape."
             )
         fields = self._calc(grey0, grey1)
         if not np.isfinite(fields).all():
             raise ValueError(f"{self.name} yielded displacements that are not finite, on frames of {grey0.shape[1:]}.")
         return fields
 
+    def pairs_at_once(self, num_pixels: int) -> int:
+        """Pairs of frames of so many pixels that a call of `batch` should take: of large ones fewer, for the memory."""
+        return max(1, min(self.batch_pairs, self.batch_pairs * BATCH_PIXELS // num_pixels))
+
     def metadata(self) -> dict[str, Any]:
         """What `dataset.json` records under "flow"."""
+        # A CPU and a GPU round differently: where a method runs on both, one pack is computed on one of them.
+        where = {"device": self.device} if self.name in GPU_METHODS else {}
         return {
             "method": self.name,
             "parameters": self.parameters,
             "library": self.library,
             "version": self.version,
+            **where,
         }
 
 
 def flow_method(
     name: str = DEFAULT_METHOD, device: str = "cpu", parameters: Mapping[str, Any] | None = None
 ) -> FlowMethod:
-    """A method by its name. Sets OpenCV to one thread in this process: packing is parallel by video.
+    """A method by its name. Sets OpenCV, and torch if the method is of it, to one thread in this process: packing is
+    parallel by video.
 
     device: "cpu", "cuda" or "cuda:1". parameters: values in the place of the defaults, by the names that `metadata`
     lists; those of one method only.
@@ -84,6 +100,23 @@ def flow_method(
         raise ValueError(f"{name} runs on the CPU, not on {device!r}; on a GPU run {', '.join(sorted(GPU_METHODS))}.")
     import_cv2().setNumThreads(1)
     return FLOW_METHODS[name](device, parameters or {})
+
+
+def prove_method(name: str, device: str = "cpu", parameters: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Metadata of a method, once it has computed a field here. To be run in a process of its own, which may die of it.
+
+    Raises ValueError if the method, the parameters or the device are no good.
+    """
+    method = flow_method(name, device, parameters)
+    y, x = np.mgrid[:240, :320]
+    grey0, grey1 = ((128 + 60 * np.sin((x - dx) / 5) + 60 * np.cos(y / 7)).astype(np.uint8) for dx in (0, 1))
+    try:
+        method(grey0, grey1)
+    except Exception as error:  # of OpenCV, torch or DALI: they have no common class
+        given = ", ".join(f"{key}={value!r}" for key, value in (parameters or {}).items())
+        where = f"{device!r} with {given}" if given else f"{device!r}"
+        raise ValueError(f"{name} cannot compute flow on {where}: {error}") from error
+    return method.metadata()
 
 
 def merge_parameters(name: str, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -180,39 +213,44 @@ def _gpu_number(name: str, device: str) -> int:
 def _brox(device: str, given: Mapping[str, Any]) -> FlowMethod:
     import torch
 
-    from flow.brox import DEFAULTS, brox_flow
+    from flow.brox import DEFAULTS, VERSION, brox_flow
 
     parameters = merge_parameters("brox", DEFAULTS, given)
     if device == "cpu":
-        place, batch_pairs = torch.device("cpu"), 4
+        place, batch_pairs = torch.device("cpu"), BROX_BATCH["cpu"]
         torch.set_num_threads(1)  # as OpenCV above
     else:
-        place, batch_pairs = torch.device("cuda", _gpu_number("brox", device)), 64
+        place, batch_pairs = torch.device("cuda", _gpu_number("brox", device)), BROX_BATCH["cuda"]
 
     def batch(grey0: Grey, grey1: Grey) -> Field:
         frames0, frames1 = (torch.from_numpy(np.ascontiguousarray(grey)).to(place) for grey in (grey0, grey1))
         fields: Field = brox_flow(frames0, frames1, **parameters).cpu().numpy()
         return fields
 
-    return FlowMethod("brox", parameters, "torch", torch.__version__.split("+")[0], batch_pairs, batch)
+    return FlowMethod("brox", parameters, "flow.brox", VERSION, batch_pairs, batch, place.type)
 
 
 def _nvof(device: str, given: Mapping[str, Any]) -> FlowMethod:
     if device == "cpu":
-        raise ValueError(
-            "nvof is the flow engine of an NVIDIA GPU, and none is to be used here. On a CPU take dis or brox."
-        )
+        raise ValueError("nvof is the flow engine of an NVIDIA GPU; there is none to use. On a CPU take dis or brox.")
     number = _gpu_number("nvof", device)
     from importlib.metadata import version
 
-    from flow.nvof import DEFAULTS, NvofFlow
+    from flow.nvof import DEFAULTS
 
     parameters = merge_parameters("nvof", DEFAULTS, given)
-    try:
-        engine = NvofFlow(number, 32, parameters)
-    except RuntimeError as error:
-        raise ValueError(f"nvof: GPU {number} cannot compute optical flow with {parameters}: {error}") from error
-    return FlowMethod("nvof", parameters, "nvidia-dali-cuda120", version("nvidia-dali-cuda120"), 32, engine)
+    engine = _nvof_engine(number, tuple(parameters.items()))
+    return FlowMethod(
+        "nvof", parameters, "nvidia-dali-cuda120", version("nvidia-dali-cuda120"), NVOF_BATCH, engine, "cuda"
+    )
+
+
+@lru_cache(1)
+def _nvof_engine(gpu: int, parameters: tuple[tuple[str, Any], ...]) -> Callable[[Grey, Grey], Field]:
+    """The engine, opened once in a process: it keeps nothing of the pairs before, and takes its time to open."""
+    from flow.nvof import NvofFlow, flow_engine
+
+    return NvofFlow(flow_engine(dict(parameters)), gpu, NVOF_BATCH)
 
 
 #: name -> factory, called with device and parameters

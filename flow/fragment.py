@@ -171,7 +171,7 @@ class _FragmentWriter:
         for frame in read_frames(self._task.path, self._task.size_px):
             frames.append(frame)
             greys.append(to_grey(frame))
-            if len(greys) > method.batch_pairs:
+            if len(greys) > method.pairs_at_once(greys[0].size):
                 yield self._steps(method, frames, greys)
                 frames, greys = [], greys[-1:]
         if frames:

@@ -15,10 +15,10 @@ from typing import Any
 from flow.camera import MODELS, camera_metadata
 from flow.catalog import LIST_READERS, Catalog, Video, read_catalog, seeded_shards
 from flow.codec import Codec
-from flow.extract import DEFAULT_METHOD, FLOW_METHODS, GPU_METHODS, flow_method
+from flow.extract import DEFAULT_METHOD, FLOW_METHODS, GPU_METHODS, flow_method, prove_method
 from flow.flow_dirs import EXTERNAL, describe_files, pack_flow_dirs
 from flow.fragment import FragmentTask, Totals, write_fragment
-from flow.pool import default_num_workers
+from flow.pool import default_num_workers, run_alone
 from flow.resume import (
     BAD_NAME,
     WORK_FOLDER,
@@ -36,7 +36,7 @@ from flow.resume import (
 VIDEOS_PER_SHARD = 32
 
 #: Processes of one GPU: each has memory of its own on it.
-WORKERS_PER_GPU = 16
+WORKERS_PER_GPU = 8
 
 
 def pack(
@@ -60,10 +60,11 @@ def pack(
 
     splits, dataset: the official list files, see `flow.catalog.read_catalog`. method, parameters: see
     `flow.extract.flow_method`. camera: subtract its motion, see `flow.camera`. size_px: the smaller side of the frames.
-    backward: also the fields from frame t to t-1. num_workers: processes, by default one per core, at most 16 a GPU.
+    backward: also the fields from frame t to t-1. num_workers: processes, by default one per core, at most 8 a GPU.
     num_gpus: how many to spread them over, by default all that are visible if the method can use one; 0: the CPU.
 
-    The number of processes and GPUs is no setting of the pack: it may go on with another.
+    The number of processes and GPUs is no setting of the pack: it may go on with another, but not on the CPU if it
+    began on GPUs, which round differently.
 
     Raises ValueError if the folder or the lists are unusable, no video could be packed, or `out` holds a pack with
     other settings or of other videos. Bad videos are left out and reported.
@@ -76,7 +77,14 @@ def pack(
     catalog = read_catalog(videos, splits, dataset, seed)
     codec = codec or Codec()
     num_gpus = _num_gpus(method, num_gpus)
-    flow = flow_method(method, "cuda:0" if num_gpus else "cpu", parameters).metadata()
+    if num_workers is None:
+        cores = default_num_workers()
+        num_workers = max(num_gpus, min(cores, WORKERS_PER_GPU * num_gpus)) if num_gpus else cores
+    elif num_workers < num_gpus:
+        raise ValueError(f"workers={num_workers} for gpus={num_gpus}: a process uses one GPU. Ask for fewer GPUs.")
+    prove = partial(_prove, method, "cuda:0" if num_gpus else "cpu", parameters or {})
+    # Before the folder is bound to them. OpenCV's methods with their own parameters need no proof.
+    flow = prove() if parameters or method in GPU_METHODS else flow_method(method).metadata()
     settings = {
         "name": catalog.name,
         "flow": {**flow, "camera": camera_metadata(camera)},
@@ -98,8 +106,9 @@ def pack(
                 partial(_task, catalog, settings, parameters or {}, num_gpus),
                 write_fragment,
                 items_per_task=1,
-                num_workers=num_workers or min(default_num_workers(), WORKERS_PER_GPU * num_gpus or sys.maxsize),
+                num_workers=num_workers,
                 unit="video",
+                check=prove,
             )
             write_lines(out / "missing_videos.txt", catalog.missing)
             finish(out, len(shards), settings, catalog.splits, partial(_summary, catalog), unit="video")
@@ -107,9 +116,21 @@ def pack(
     return read_report(out, missing=catalog.missing, unlisted=catalog.unlisted, was_complete=was_complete)
 
 
+def _prove(method: str, device: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """`flow.extract.prove_method` in a process of its own. Raises ValueError, also if the process dies."""
+    metadata = run_alone(partial(prove_method, method, device), parameters)
+    if metadata is None:
+        raise ValueError(
+            f"{method} ends its process on {device!r} with {dict(parameters)}. Leave parameters as they are."
+        )
+    return metadata
+
+
 def _num_gpus(method: str, asked: int | None) -> int:
-    """GPUs to use. Raises ValueError if there are fewer than asked for."""
-    if asked == 0 or (asked is None and method not in GPU_METHODS):
+    """GPUs to use. Raises ValueError if there are fewer than asked for, or the method can use none."""
+    if asked and method not in GPU_METHODS:
+        raise ValueError(f"gpus={asked}: {method} runs on the CPU; on a GPU run {', '.join(sorted(GPU_METHODS))}.")
+    if asked == 0 or method not in GPU_METHODS:
         return 0
     import torch
 
@@ -194,7 +215,7 @@ def _parser() -> argparse.ArgumentParser:
         "--method",
         choices=list(FLOW_METHODS),
         default=DEFAULT_METHOD,
-        help="%(default)s by default: the most accurate of the three on the Middlebury pairs, and the fastest",
+        help="%(default)s by default: the fastest on a CPU; the README says which to choose when",
     )
     parser.add_argument(
         "--range",
@@ -222,7 +243,7 @@ def _parser() -> argparse.ArgumentParser:
         help="with --flow-dir: which field to leave out where there are as many as frames; first for TSN's dense_flow",
     )
     parser.add_argument("--method-name", help=f"with --flow-dir: how the fields were computed (default {EXTERNAL})")
-    parser.add_argument("--workers", type=int, help="processes (default: one per core, at most 16 a GPU)")
+    parser.add_argument("--workers", type=int, help="processes (default: one per core, at most 8 a GPU)")
     parser.add_argument("--videos-per-shard", type=int, default=VIDEOS_PER_SHARD, help="default %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of the order in the shards, and of the split by folders")
     parser.add_argument("--skip-bad", action="store_true", help="exit 0 although some videos are bad")

@@ -65,7 +65,7 @@ def run_pool(
             if suspects and not running:
                 pool.shutdown()
                 for task in suspects:
-                    yield task, _run_alone(function, task, on_error)
+                    yield task, run_alone(function, task, on_error)
                 suspects.clear()
                 pool = _new_pool(num_workers)
     finally:
@@ -88,9 +88,12 @@ def _submit(
     return refused
 
 
-def _run_alone(
-    function: Callable[[Task], Result], task: Task, on_error: Callable[[Task, RuntimeError], Result] | None
+def run_alone(
+    function: Callable[[Task], Result],
+    task: Task,
+    on_error: Callable[[Task, RuntimeError], Result] | None = None,
 ) -> Result | None:
+    """function(task) in a process of its own; None if that dies. on_error: as in `run_pool`."""
     with _new_pool(1) as pool:
         try:
             return pool.submit(function, task).result()

@@ -21,6 +21,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -35,7 +36,7 @@ from flow.shard import FORMAT_VERSION, commit_shard, shard_name, write_bytes, wr
 WORK_FOLDER = ".pack"
 BAD_NAME = "bad_videos.txt"
 
-_DEATH = "ends the process that reads it: crashed in the decoder, or killed"
+_DEATH = "ends the process that packs it: crashed in the decoder or the flow method, or killed"
 
 
 class _HasFragment(Protocol):
@@ -166,12 +167,15 @@ def write_shards(
     items_per_task: int,
     num_workers: int,
     unit: str,
+    check: Callable[[], object] | None = None,
 ) -> None:
     """Write the shards that are not finished yet, in processes.
 
     make_task(fragment, items): what `write`, a function of a module, needs to turn a run of up to items_per_task items
-    into a fragment. If that ends its process, or raises a RuntimeError, and does so again when it is repeated alone,
-    the run's items are packed one by one, and only the culprit is bad.
+    into a fragment. If that ends its process, and does so again when it is repeated alone, the run's items are packed
+    one by one, and only the culprit is bad.
+    check: with it the same holds for a RuntimeError, if `check` passes then; if it is the machine that fails, and not
+    the item, it raises, and the pack can go on later.
     """
     todo = [number for number in range(len(shards)) if not is_finished(out, number)]
     run = Path(tempfile.mkdtemp(prefix="run-", dir=out / WORK_FOLDER))
@@ -185,7 +189,7 @@ def write_shards(
         while runs:
             tasks = (make_task(path, shards[number][at.start : at.stop]) for path, (number, at) in runs.items())
             crashed: dict[Path, tuple[int, range]] = {}
-            for task, report in run_pool(write, tasks, num_workers, _failed):
+            for task, report in run_pool(write, tasks, num_workers, check and partial(_failed, check)):
                 number, places = runs[task.fragment]
                 report = report or FragmentReport(failure=_DEATH)
                 if report.failure and len(places) > 1:
@@ -201,7 +205,8 @@ def write_shards(
             runs = crashed
 
 
-def _failed(task: Any, error: RuntimeError) -> FragmentReport:
+def _failed(check: Callable[[], object], task: Any, error: RuntimeError) -> FragmentReport:
+    check()
     return FragmentReport(failure=f"fails, also when tried again alone: {type(error).__name__}: {reason(error)}")
 
 

@@ -72,10 +72,12 @@ def test_a_still_component_keeps_its_value(value):
     assert np.abs(decode_component(*coded) - value).max() <= 1e-3 * max(1, abs(value))
 
 
-def test_what_is_not_finite_is_refused(component):
-    component[3, 3] = np.nan
+@pytest.mark.parametrize("codec", [Codec(), Codec(range="fixed", bound_px=20.0)])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_refused(component, value, codec):
+    component[3, 3] = value
     with pytest.raises(ValueError, match="not finite"):
-        encode_component(component, Codec())
+        encode_component(component, codec)
 
 
 def test_options_and_metadata(component):

@@ -6,14 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 from flow_accuracy import end_point_error, read_pairs  # noqa: E402
 
 from flow.demo import draw_texture, shift  # noqa: E402
-from flow.extract import DEFAULT_METHOD, FLOW_METHODS, flow_method  # noqa: E402
+from flow.extract import DEFAULT_METHOD, FLOW_METHODS, flow_method, prove_method  # noqa: E402
 from flow.video import import_cv2  # noqa: E402
 
 ON_CPU = [name for name in FLOW_METHODS if name != "nvof"]
@@ -62,9 +61,9 @@ def test_nothing_is_carried_over_from_pair_to_pair():
 @pytest.mark.parametrize("name", ON_CPU)
 def test_metadata_say_method_parameters_and_library(name):
     metadata = json.loads(json.dumps(flow_method(name).metadata()))
-    versions = {"opencv-contrib-python": import_cv2().__version__, "torch": torch.__version__.split("+")[0]}
-    assert metadata["method"] == name and versions[metadata["library"]] == metadata["version"]
-    assert metadata["library"] == ("torch" if name == "brox" else "opencv-contrib-python")
+    library = {"library": "opencv-contrib-python", "version": import_cv2().__version__}
+    library = {"library": "flow.brox", "version": "1", "device": "cpu"} if name == "brox" else library
+    assert metadata == {"method": name, "parameters": metadata["parameters"], **library}
     assert len(metadata["parameters"]) >= 7 or name == "deepflow"  # which has none that could be read
 
 
@@ -113,11 +112,41 @@ def test_a_parameter_that_does_not_exist_or_fit_is_refused(name, parameters, mes
 def test_a_method_runs_only_where_it_can():
     with pytest.raises(ValueError, match="dis runs on the CPU, not on 'cuda'; on a GPU run brox, nvof"):
         flow_method("dis", "cuda")
-    with pytest.raises(ValueError, match="nvof is the flow engine of an NVIDIA GPU.*take dis or brox"):
+    with pytest.raises(ValueError, match="nvof is the flow engine of an NVIDIA GPU; there is none.*take dis or brox"):
         flow_method("nvof")
     for name in ("brox", "nvof"):
         with pytest.raises(ValueError, match=f"{name} is to run on 'cuda:99', but torch sees"):
             flow_method(name, "cuda:99")
+
+
+def test_a_method_is_proven_before_it_is_relied_on():
+    assert (
+        prove_method("dis", parameters={"FinestScale": 0})
+        == flow_method("dis", parameters={"FinestScale": 0}).metadata()
+    )
+    with pytest.raises(ValueError, match=r"brox cannot compute flow on 'cpu' with scale=1.5: .*scale in \[0.3, 0.99\]"):
+        prove_method("brox", parameters={"scale": 1.5})
+    with pytest.raises(ValueError, match="farneback cannot compute flow on 'cpu' with pyr_scale=2.0"):
+        prove_method("farneback", parameters={"pyr_scale": 2.0})
+
+
+def test_the_road_through_dali_keeps_pairs_and_channels_apart():
+    """What surrounds the GPU's engine, around an operator of the CPU: vectors that are grey values of both frames."""
+    pytest.importorskip("nvidia.dali")
+    from nvidia.dali import fn, types
+
+    from flow.nvof import NvofFlow
+
+    def operator(pairs):
+        both = fn.cast(pairs[:, :, :, 0:1], dtype=types.FLOAT)
+        return fn.cat(both[1:2], both[0:1], axis=3)
+
+    engine = NvofFlow(operator, None, 8)
+    rng = np.random.default_rng(0)
+    for num_pairs in (5, 8, 3):
+        grey0, grey1 = rng.integers(0, 255, (2, num_pairs, 12, 17), np.uint8)
+        # The engine's vectors lead from the second frame of a sequence to the first: ours begin at grey0.
+        assert np.array_equal(engine(grey0, grey1), np.stack((grey0, grey1), 1))
 
 
 @pytest.mark.gpu

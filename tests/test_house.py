@@ -51,3 +51,13 @@ def test_importing_a_package_loads_nothing_heavy(package):
     heavy = "{'torch', 'cv2', 'nvidia.dali', 'sklearn', 'yaml', 'numpy'}"
     code = f"import sys, {package}; print(*sorted({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""
+
+
+def test_flow_works_without_torch():
+    """Every module of flow but those of the two methods that need more than OpenCV."""
+    modules = [
+        path.stem for path in sorted((ROOT / "flow").glob("*.py")) if path.stem not in ("__init__", "brox", "nvof")
+    ]
+    names = ", ".join(f"flow.{module}" for module in modules)
+    code = f"import sys, {names}; print(*{{'torch', 'nvidia.dali'}} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -227,6 +228,34 @@ def test_a_video_on_which_the_gpu_fails_is_tried_again_alone_and_then_bad(videos
     assert json.loads((out / "dataset.json").read_text())["num_videos"] == 2
 
 
+def test_a_machine_that_fails_costs_no_video(videos, tmp_path, monkeypatch, capsys):
+    root, out = tmp_path / "videos", tmp_path / "set"
+    for video in list_videos(videos)[2:5]:
+        (root / video.class_name).mkdir(parents=True, exist_ok=True)
+        (root / video.class_name / video.path.name).symlink_to(video.path)
+    with monkeypatch.context() as patch:
+        patch.setattr(pack, "write_fragment", write_or_fail)
+        patch.setattr(pack, "_prove", partial(raise_, ValueError("dis cannot compute flow on 'cuda:0': device lost")))
+        assert run(root, out, "--workers", "1") == 2 and "device lost" in capsys.readouterr().err
+    assert not (out / "dataset.json").exists()
+    assert run(root, out) == 0 and json.loads((out / "dataset.json").read_text())["num_videos"] == 3
+
+
+def raise_(error, *_):
+    raise error
+
+
+def test_parameters_that_fail_do_not_bind_the_folder(videos, tmp_path, capsys):
+    root, out = tmp_path / "videos", tmp_path / "set"
+    root.mkdir()
+    (root / "Sit").symlink_to(videos / "Sit")
+    assert run(root, out, "--method", "brox", "--set", "scale=1.5") == 2
+    assert "brox cannot compute flow on 'cpu' with scale=1.5" in capsys.readouterr().err
+    assert run(root, out, "--method", "dis", "--set", "PatchSize=0") == 2  # which ends the process
+    assert "dis ends its process on 'cpu' with {'PatchSize': 0}" in capsys.readouterr().err
+    assert run(root, out, "--set", "PatchSize=10") == 0
+
+
 # --- batches -----------------------------------------------------------------------------------------------------
 
 
@@ -259,15 +288,16 @@ def fragment_of(video, path, monkeypatch, methods, **options):
 
 
 @pytest.mark.parametrize("num_gpus", [0, 2])
-def test_the_bytes_do_not_depend_on_the_batches(videos, tmp_path, monkeypatch, num_gpus):
+def test_a_video_is_cut_into_batches_and_lost_nothing(videos, tmp_path, monkeypatch, num_gpus):
     video = list_videos(videos)[1].path  # of 70 frames
     expected = fragment_of(video, tmp_path / "single", monkeypatch, Methods(1))[1]
     for batch_pairs, sizes in ((3, [3] * 23), (16, [16] * 4 + [5]), (69, [69]), (200, [69])):
         methods = Methods(batch_pairs)
+        monkeypatch.setattr(fragment, "worker_number", lambda: 3)
         report, content = fragment_of(video, tmp_path / "f", monkeypatch, methods, num_gpus=num_gpus)
         assert content == expected and methods.sizes[::2] == methods.sizes[1::2] == sizes
         assert report.totals.num_fields == 2 * 69 and 0 < report.totals.flow_s < report.totals.video_s
-        assert methods.devices == {"cuda:0" if num_gpus else "cpu"}
+        assert methods.devices == {"cuda:1" if num_gpus else "cpu"}
         assert (methods.threads == {threading.current_thread()}) == (num_gpus == 0)
         assert not any(t.is_alive() for t in methods.threads - {threading.current_thread()})
 
@@ -309,6 +339,25 @@ def test_gpus_are_those_that_are_visible_or_asked_for(monkeypatch):
     for asked in (-1, 4):
         with pytest.raises(ValueError, match=f"gpus={asked}: torch sees 3"):
             pack._num_gpus("brox", asked)
+    with pytest.raises(ValueError, match="gpus=2: dis runs on the CPU; on a GPU run brox, nvof"):
+        pack._num_gpus("dis", 2)
+
+
+def test_every_gpu_has_a_process(videos, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pack, "_num_gpus", lambda *_: 4)
+    assert run(videos, tmp_path / "set", "--method", "brox", "--workers", "3") == 2
+    assert "workers=3 for gpus=4: a process uses one GPU" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["brox", "nvof"])
+def test_a_pack_on_a_gpu(videos, tmp_path, method):
+    root, out = tmp_path / "videos", tmp_path / "set"
+    root.mkdir()
+    (root / "Sit").symlink_to(videos / "Sit")
+    assert run(root, out, "--method", method, "--size", "128", "--gpus", "1", "--workers", "2") == 0
+    dataset = json.loads((out / "dataset.json").read_text())
+    assert dataset["flow"]["device"] == "cuda" and dataset["summary"]["bad"] == 0 and dataset["num_fields"] > 0
 
 
 def test_nothing_to_pack_is_an_error(tmp_path, capsys):
@@ -425,7 +474,7 @@ def meet(task):
     """The number of this worker, as soon as three workers are at work."""
     _, folder = task
     (folder / str(worker_number())).touch()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 20
     while len(list(folder.iterdir())) < 3 and time.monotonic() < deadline:
         time.sleep(0.01)
     return worker_number()
