@@ -62,6 +62,11 @@ class Source:
             )
         self.index = index
         self.spec = spec
+        if spec.follows_trajectories and (index.metadata.get("flow") or {}).get("camera"):
+            raise ValueError(
+                f"{index.root} holds flow less the camera's motion: points cannot be followed through it (sec. 3.1). "
+                "Take data.stacking=flow, or pack the set without --camera."
+            )
         self._tables = [[index.entries[kind] for kind in kinds] for kinds in (spec.kinds, spec.backward_kinds)]
         ahead = np.arange(spec.window_steps)
         self._backward = ahead >= spec.chain_steps if spec.backward_kinds else np.zeros(len(ahead), bool)

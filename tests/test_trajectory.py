@@ -15,6 +15,7 @@ from loaders.batch import FLOW_SCALE, StreamSpec
 from loaders.draw import Draw
 from loaders.index import open_index
 from loaders.region import Region, reachable, whole_frames
+from loaders.source import Source
 from loaders.trajectory import follow
 from tests.conftest import pack_arrays, smooth_noise
 
@@ -262,3 +263,11 @@ def test_the_region_is_the_crop_where_nothing_moves(moderate):
     assert (moved.size - region.size).tolist() == [[0, 0], [0, 3]]
     still["hi"][1, 0], still["hi"][1, -1] = (0, 0), (9, 9)  # nothing is sampled behind the last field
     assert (reachable(draw, still, spec, index).size == region.size).all()
+
+
+def test_points_are_not_followed_through_flow_less_the_cameras_motion(packed):
+    index = open_index(packed)
+    index.metadata["flow"] = {"camera": {"model": "homography"}}
+    Source(index, StreamSpec("temporal", crop_px=32, L=4))
+    with pytest.raises(ValueError, match="less the camera's motion.*Take data.stacking=flow, or pack the set without"):
+        Source(index, StreamSpec("temporal", crop_px=32, L=4, stacking="trajectory"))
