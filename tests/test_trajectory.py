@@ -268,6 +268,6 @@ def test_the_region_is_the_crop_where_nothing_moves(moderate):
 def test_points_are_not_followed_through_flow_less_the_cameras_motion(packed):
     index = open_index(packed)
     index.metadata["flow"] = {"camera": {"model": "homography"}}
-    Source(index, StreamSpec("temporal", crop_px=32, L=4))
+    Source(index, StreamSpec(stream="temporal", crop_px=32, L=4))
     with pytest.raises(ValueError, match="less the camera's motion.*Take data.stacking=flow, or pack the set without"):
-        Source(index, StreamSpec("temporal", crop_px=32, L=4, stacking="trajectory"))
+        Source(index, StreamSpec(stream="temporal", crop_px=32, L=4, stacking="trajectory"))
