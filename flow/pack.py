@@ -15,10 +15,10 @@ from typing import Any
 from flow.camera import MODELS, camera_metadata
 from flow.catalog import LIST_READERS, Catalog, Video, read_catalog, seeded_shards
 from flow.codec import Codec
-from flow.extract import DEFAULT_METHOD, FLOW_METHODS, GPU_METHODS, flow_method, prove_method
+from flow.devices import count_gpus, count_workers, prove
+from flow.extract import DEFAULT_METHOD, FLOW_METHODS, GPU_METHODS, flow_method
 from flow.flow_dirs import EXTERNAL, describe_files, pack_flow_dirs
 from flow.fragment import FragmentTask, Totals, write_fragment
-from flow.pool import default_num_workers, run_alone
 from flow.resume import (
     BAD_NAME,
     WORK_FOLDER,
@@ -34,9 +34,6 @@ from flow.resume import (
 )
 
 VIDEOS_PER_SHARD = 32
-
-#: Processes of one GPU: each has memory of its own on it.
-WORKERS_PER_GPU = 8
 
 
 def pack(
@@ -76,15 +73,11 @@ def pack(
         )
     catalog = read_catalog(videos, splits, dataset, seed)
     codec = codec or Codec()
-    num_gpus = _num_gpus(method, num_gpus)
-    if num_workers is None:
-        cores = default_num_workers()
-        num_workers = max(num_gpus, min(cores, WORKERS_PER_GPU * num_gpus)) if num_gpus else cores
-    elif num_workers < num_gpus:
-        raise ValueError(f"workers={num_workers} for gpus={num_gpus}: a process uses one GPU. Ask for fewer GPUs.")
-    prove = partial(_prove, method, "cuda:0" if num_gpus else "cpu", parameters or {})
+    num_gpus = count_gpus(method, num_gpus)
+    num_workers = count_workers(num_workers, num_gpus)
+    check = partial(prove, method, "cuda:0" if num_gpus else "cpu", parameters or {})
     # Before the folder is bound to them. OpenCV's methods with their own parameters need no proof.
-    flow = prove() if parameters or method in GPU_METHODS else flow_method(method).metadata()
+    flow = check() if parameters or method in GPU_METHODS else flow_method(method).metadata()
     settings = {
         "name": catalog.name,
         "flow": {**flow, "camera": camera_metadata(camera)},
@@ -108,36 +101,12 @@ def pack(
                 items_per_task=1,
                 num_workers=num_workers,
                 unit="video",
-                check=prove,
+                check=check,
             )
             write_lines(out / "missing_videos.txt", catalog.missing)
             finish(out, len(shards), settings, catalog.splits, partial(_summary, catalog), unit="video")
         clear(out / WORK_FOLDER)
     return read_report(out, missing=catalog.missing, unlisted=catalog.unlisted, was_complete=was_complete)
-
-
-def _prove(method: str, device: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """`flow.extract.prove_method` in a process of its own. Raises ValueError, also if the process dies."""
-    metadata = run_alone(partial(prove_method, method, device), parameters)
-    if metadata is None:
-        raise ValueError(
-            f"{method} ends its process on {device!r} with {dict(parameters)}. Leave parameters as they are."
-        )
-    return metadata
-
-
-def _num_gpus(method: str, asked: int | None) -> int:
-    """GPUs to use. Raises ValueError if there are fewer than asked for, or the method can use none."""
-    if asked and method not in GPU_METHODS:
-        raise ValueError(f"gpus={asked}: {method} runs on the CPU; on a GPU run {', '.join(sorted(GPU_METHODS))}.")
-    if asked == 0 or method not in GPU_METHODS:
-        return 0
-    import torch
-
-    visible = torch.cuda.device_count()
-    if asked is not None and not 0 < asked <= visible:
-        raise ValueError(f"gpus={asked}: torch sees {visible} here. Ask for as many or fewer; 0 is the CPU.")
-    return visible if asked is None else asked
 
 
 def _task(

@@ -18,6 +18,7 @@ import pytest
 from flow import fragment, pack
 from flow.catalog import list_videos
 from flow.codec import Codec, decode_component, decode_rgb
+from flow.devices import count_gpus, count_workers
 from flow.extract import flow_method
 from flow.pool import run_pool, worker_number
 from flow.shard import read_clips
@@ -235,7 +236,7 @@ def test_a_machine_that_fails_costs_no_video(videos, tmp_path, monkeypatch, caps
         (root / video.class_name / video.path.name).symlink_to(video.path)
     with monkeypatch.context() as patch:
         patch.setattr(pack, "write_fragment", write_or_fail)
-        patch.setattr(pack, "_prove", partial(raise_, ValueError("dis cannot compute flow on 'cuda:0': device lost")))
+        patch.setattr(pack, "prove", partial(raise_, ValueError("dis cannot compute flow on 'cuda:0': device lost")))
         assert run(root, out, "--workers", "1") == 2 and "device lost" in capsys.readouterr().err
     assert not (out / "dataset.json").exists()
     assert run(root, out) == 0 and json.loads((out / "dataset.json").read_text())["num_videos"] == 3
@@ -334,17 +335,20 @@ def test_parameters_of_the_method_are_used_and_recorded(videos, tmp_path, monkey
 
 def test_gpus_are_those_that_are_visible_or_asked_for(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=SimpleNamespace(device_count=lambda: 3)))
-    assert [pack._num_gpus("brox", asked) for asked in (None, 0, 2, 3)] == [3, 0, 2, 3]
-    assert [pack._num_gpus("dis", asked) for asked in (None, 0)] == [0, 0]
+    assert [count_gpus("brox", asked) for asked in (None, 0, 2, 3)] == [3, 0, 2, 3]
+    assert [count_gpus("dis", asked) for asked in (None, 0)] == [0, 0]
     for asked in (-1, 4):
         with pytest.raises(ValueError, match=f"gpus={asked}: torch sees 3"):
-            pack._num_gpus("brox", asked)
+            count_gpus("brox", asked)
+    monkeypatch.setattr("flow.devices.default_num_workers", lambda: 20)
+    asked = [(None, 0), (None, 1), (None, 3), (None, 32), (5, 4)]
+    assert [count_workers(*a) for a in asked] == [20, 8, 20, 32, 5]
     with pytest.raises(ValueError, match="gpus=2: dis runs on the CPU; on a GPU run brox, nvof"):
-        pack._num_gpus("dis", 2)
+        count_gpus("dis", 2)
 
 
 def test_every_gpu_has_a_process(videos, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(pack, "_num_gpus", lambda *_: 4)
+    monkeypatch.setattr(pack, "count_gpus", lambda *_: 4)
     assert run(videos, tmp_path / "set", "--method", "brox", "--workers", "3") == 2
     assert "workers=3 for gpus=4: a process uses one GPU" in capsys.readouterr().err
 
