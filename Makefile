@@ -29,12 +29,12 @@ check: install       ## lint and type check
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: install       ## measure the loader beside its peers and ceilings, training with it, scaling, and optical flow
-	$(BIN)/python benchmarks/loader_throughput.py
-	$(BIN)/python benchmarks/footprint.py
-	$(BIN)/python benchmarks/train_step.py
-	$(BIN)/python benchmarks/scaling.py --procs 1,2
-	$(BIN)/python benchmarks/flow_extraction.py
+bench: install       ## measure loader, training, scaling, flow; the README's figures: DATA=packed set VIDEOS=folder of clips
+	$(BIN)/python benchmarks/loader_throughput.py $(DATA:%=--data %)
+	$(BIN)/python benchmarks/footprint.py $(DATA:%=--data %)
+	$(BIN)/python benchmarks/train_step.py $(DATA:%=--data %)
+	$(BIN)/python benchmarks/scaling.py --procs 1,2 $(DATA:%=--data %)
+	$(BIN)/python benchmarks/flow_extraction.py $(VIDEOS:%=--data %)
 	$(BIN)/python benchmarks/readme.py
 
 clean:               ## remove .venv and what demo made

@@ -13,12 +13,26 @@ sys.path.insert(0, str(ROOT))  # a benchmark runs from the checkout, installed o
 from train.provenance import describe  # noqa: E402
 
 
-def write_result(path: Path, config: dict[str, Any], **content: Any) -> None:
-    """Write {machine, versions, commit, config, ...} as JSON; the file is whole or not there."""
+def default_out(name: str, *, quick: bool = False, generated: bool = False, partial: bool = False) -> Path:
+    """Where a result goes if nobody says: benchmarks/results/NAME.json, of which the README is made. What is less, a
+    quick run, one on generated data, or one of fewer rows or rounds, stands beside it as NAME_quick.json and so on."""
+    lesser = {"quick": quick, "generated": generated, "partial": partial}
+    suffix = next((f"_{reason}" for reason, holds in lesser.items() if holds), "")
+    return RESULTS / f"{name}{suffix}.json"
+
+
+def write_result(path: Path, config: dict[str, Any], complete: bool = True, **content: Any) -> None:
+    """Write {machine, versions, commit, complete, config, ...} as JSON; the file is whole or not there.
+
+    What is not complete yet stands in NAME.partial.json beside it, and does not touch an earlier result.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({**describe(), "config": config, **content}, indent=1) + "\n")
-    os.replace(temporary, path)
+    partial, temporary = path.with_suffix(".partial.json"), path.with_suffix(".tmp")
+    result = {**describe(), "complete": complete, "config": config, **content}
+    temporary.write_text(json.dumps(result, indent=1) + "\n")
+    os.replace(temporary, path if complete else partial)
+    if complete:
+        partial.unlink(missing_ok=True)
 
 
 def describe_data(index: Any, generated: bool) -> dict[str, Any]:

@@ -22,18 +22,26 @@ class CrewError(RuntimeError):
 
 @dataclass(frozen=True)
 class Turn:
-    """What all processes did in one turn. cpu_s_per_pair: of them, in user and system."""
+    """What all processes did in one turn. cpu_s_per_pair: of them, in user and system. cpu_share: of their time."""
 
     pairs_per_s: float
     cpu_s_per_pair: float
+    cpu_share: float
+
+
+def add_up(done: Sequence[tuple[int, float, float]]) -> Turn:
+    """A turn from every process's pairs, and the wall-clock and CPU seconds that they took."""
+    pairs, elapsed_s, cpu_s = (sum(column) for column in zip(*done, strict=True))
+    return Turn(sum(count / own_s for count, own_s, _ in done), cpu_s / pairs, cpu_s / elapsed_s)
 
 
 class Crew:
-    """Processes with the same work. `about` is what the first one's work says of itself. They wait between turns."""
+    """Processes with the same work, which start at once, alone or beside other crews. `wait` until they are ready, then
+    `measure`; between turns they stand still."""
 
     def __init__(self, name: str, works: Sequence[Work]):
         self.name = name
-        self._members = []
+        self._members: list[tuple[Any, Any]] = []
         context = multiprocessing.get_context("spawn")
         for number, work in enumerate(works):
             ours, theirs = context.Pipe()
@@ -41,22 +49,20 @@ class Crew:
             process.start()
             theirs.close()
             self._members.append((process, ours))
-        try:
-            self.about: dict[str, Any] = self._receive()[0]
-        except CrewError:
-            self.close()
-            raise
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def wait(self) -> Any:
+        """What the first process's work says of itself, when all are ready. Raises CrewError."""
+        return self._receive()[0]
 
     def measure(self, seconds: float) -> Turn:
         """Work for about so many seconds, to the end of the step that is under way then. Raises CrewError."""
         for _, pipe in self._members:
             with suppress(BrokenPipeError):  # told below
                 pipe.send(seconds)
-        done = self._receive()
-        return Turn(
-            pairs_per_s=sum(pairs / elapsed_s for pairs, elapsed_s, _ in done),
-            cpu_s_per_pair=sum(cpu_s for _, _, cpu_s in done) / sum(pairs for pairs, _, _ in done),
-        )
+        return add_up(self._receive())
 
     def _receive(self) -> list[Any]:
         answers = []
@@ -91,7 +97,7 @@ def _serve(pipe: Any, work: Work, number: int) -> None:
             while time.perf_counter() - start < seconds:
                 pairs += next(steps)
             pipe.send((pairs, time.perf_counter() - start, time.process_time() - cpu))
-    except EOFError:
+    except (EOFError, BrokenPipeError):
         pass  # the parent is gone
     except Exception as error:
         traceback.print_exc()

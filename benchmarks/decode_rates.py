@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from common import RESULTS, demo_set, describe_data, write_result
+from common import default_out, demo_set, describe_data, write_result
 
 import numpy as np  # isort: skip
 
@@ -148,7 +148,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=0.5, help="per round")
     parser.add_argument("--timeout", type=float, default=90, help="of one case, in seconds")
     parser.add_argument("--quick", action="store_true", help="one short case a decoder: does it run?")
-    parser.add_argument("--out", type=Path, default=RESULTS / "decode_rates.json")
+    parser.add_argument("--out", type=Path, help="default: in benchmarks/results, see common.default_out")
     # Of one case, when this program calls itself:
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--stream", choices=["spatial", "temporal"], default="temporal", help=argparse.SUPPRESS)
@@ -159,6 +159,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--L", type=int, default=10, help=argparse.SUPPRESS)
     parser.add_argument("--crop-px", type=int, default=224, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
+    partial = options.rounds < parser.get_default("rounds")
+    less = {"quick": options.quick, "generated": options.data is None, "partial": partial}
+    options.out = options.out or default_out("decode_rates", **less)
     if options.quick:
         options.rounds, options.seconds, options.L, options.crop_px = 1, 0.1, 2, 32
     return options
@@ -176,12 +179,13 @@ def main(argv: list[str] | None = None) -> int:
         config |= {"data": describe_data(open_index(data), options.data is None)}
         for case in cases(options.device, options.quick):
             rows.append(run_case(case, options, data))
-            write_result(options.out, config, rows=rows)
+            write_result(options.out, config, complete=False, rows=rows)
             row = rows[-1]
             outcome = row.get("error") or (
                 f"{row['images_per_s']['median']:10.0f} images/s, differs by {row['max_code_difference']:.2f} codes"
             )
             print(*(f"{key}={value}" for key, value in case.items()), outcome, flush=True)
+        write_result(options.out, config, rows=rows)
     # A GPU decoder that crashes is a finding, and recorded; decoding wrongly, or a CPU that fails, is a failure.
     wrong = [row for row in rows if row.get("max_code_difference", 0) > TOLERANCE]
     return int(bool(wrong) or any("error" in row and row["decoder"] == "cpu" for row in rows))

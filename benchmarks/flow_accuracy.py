@@ -9,14 +9,14 @@ of what is packed: the field, quantised over its own range and stored as JPEG of
 """
 
 import argparse
+import json
 import sys
-from ast import literal_eval
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, write_result
+from common import default_out, write_result
 
 import numpy as np  # isort: skip
 import numpy.typing as npt
@@ -129,8 +129,8 @@ def choose(names: Sequence[str], settings: Sequence[str]) -> dict[str, Setting]:
             if not equals:
                 raise ValueError(f"--set {text}: expected METHOD:key=value,key=value, such as brox:scale=0.9.")
             try:
-                given[key] = literal_eval(value)
-            except (ValueError, SyntaxError):
+                given[key] = json.loads(value)  # as `flow.pack --set`: JSON, or else text
+            except ValueError:
                 given[key] = value
         rows[text] = (method, given)
     return rows
@@ -174,10 +174,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--device", choices=list(ROWS), default="cpu")
     parser.add_argument("--quick", action="store_true", help="the generated pair is tiny: does it run?")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/flow_accuracy[_cuda].json")
-    options = parser.parse_args(argv)
-    options.out = options.out or RESULTS / f"flow_accuracy{'_cuda' if options.device == 'cuda' else ''}.json"
-    return options
+    parser.add_argument("--out", type=Path, help="default: in benchmarks/results, see common.default_out")
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -195,6 +193,8 @@ def main(argv: list[str] | None = None) -> int:
     rows: list[dict[str, Any]] = []
     content: dict[str, Any] = {"data": describe_pairs(pairs, options.pairs is None), "rows": rows}
     failed = 0
+    less = {"quick": options.quick, "generated": options.pairs is None, "partial": options.methods is not None}
+    out = options.out or default_out(f"flow_accuracy{'_cuda' if options.device == 'cuda' else ''}", **less)
     for name, (method_name, parameters) in chosen.items():
         try:
             method = flow_method(method_name, options.device, parameters)
@@ -208,8 +208,10 @@ def main(argv: list[str] | None = None) -> int:
         errors_of = {row["name"]: row["epe_px"] for row in rows if "error" not in row}
         if {"brox", "dis"} <= set(errors_of):
             content["brox_no_worse_than_dis"] = no_worse_on(errors_of["brox"], errors_of["dis"])
-        write_result(options.out, {"device": options.device, "codec": Codec().metadata()}, **content)
-    print(f"written to {options.out}")
+        # A result that lacks rows gets no name but a given one.
+        complete = len(rows) == len(chosen) and (options.out is not None or not failed)
+        write_result(out, {"device": options.device, "codec": Codec().metadata()}, complete, **content)
+    print(f"written to {out if complete else out.with_suffix('.partial.json')}")
     return failed
 
 

@@ -14,13 +14,14 @@ at once share the runs.
 
 import argparse
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from accuracy import collect
-from common import RESULTS, write_result
+from common import default_out, write_result
 from trained import Arm, compare, list_runs, train_missing
 
 import cv2  # isort: skip
@@ -28,6 +29,7 @@ import numpy as np
 
 from flow import pack
 from flow.catalog import list_videos
+from flow.resume import hold
 from flow.video import Frame, VideoError, read_frames
 from loaders.index import open_index
 from train.config import read_config, to_flat
@@ -90,18 +92,20 @@ def same_frames(found: Iterator[Frame], expected: list[Frame]) -> bool:
 def trim_all(videos: Path, out: Path, num_frames: int) -> None:
     """Trim every video that is not yet in `out`; a name is only given to what was checked."""
     work = out.with_name(out.name + ".tmp")
-    for video in list_videos(videos):
-        target = out / f"{video.video_id}.avi"
-        if not target.exists():
-            trim(video.path, work / f"{video.video_id}.avi", num_frames)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            (work / f"{video.video_id}.avi").replace(target)
-    shutil.rmtree(work, ignore_errors=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with hold(out.with_name(out.name + ".lock"), wait=True):  # several at once would take each other's work away
+        for video in list_videos(videos):
+            target = out / f"{video.video_id}.avi"
+            if not target.exists():
+                trim(video.path, work / f"{video.video_id}.avi", num_frames)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                (work / f"{video.video_id}.avi").replace(target)
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def prepare(options: argparse.Namespace) -> None:
     """Trim the clips and pack them with every method."""
-    trimmed = options.out / "videos"
+    trimmed = options.out / f"videos_{options.frames}"
     trim_all(options.videos, trimmed, options.frames)
     for name in options.names or PACKINGS:
         command = ["--videos", str(trimmed), "--splits", str(options.splits), "--size", str(SIZE_PX)]
@@ -135,7 +139,20 @@ def read_packs(arms: list[Arm]) -> dict[str, dict[str, Any]]:
         for key in ("input_sha256", "size_px", "backward"):
             if metadata[key] != first[key]:
                 sys.exit(f"{name} and {arms[0].name} differ in {key}: they are not packed from the same videos alike.")
+    ids = {arm.name: packed_ids(arm.data) for arm in arms}
+    for arm in arms:
+        if only := sorted(ids[arm.name] ^ ids[arms[0].name]):
+            sys.exit(
+                f"{arm.name} and {arms[0].name} do not hold the same videos: only one of them has {only[0]}, and "
+                f"{len(only) - 1} more. See bad_videos.txt in their folders."
+            )
     return found
+
+
+def packed_ids(root: Path) -> set[str]:
+    """Ids of all videos of a packed set."""
+    index = open_index(root)
+    return set(index.video_ids(range(index.num_videos)))
 
 
 def row_of(name: str, metadata: dict[str, Any], compared: dict[str, Any]) -> dict[str, Any]:
@@ -160,11 +177,14 @@ def compare_packs(options: argparse.Namespace) -> None:
     runs = list_runs(arms, options.runs, options.config, options.splits, options.seeds, overrides)
     train_missing(runs)
     splits = [f"split{split}" for split in options.splits]
-    correct, ids = {}, []
+    correct, scored = {}, {}
     for arm in arms:
         index = open_index(arm.data)
-        methods, ids, _ = collect(options.runs / arm.name, index, splits, options.seeds)
+        methods, scored[arm.name], _ = collect(options.runs / arm.name, index, splits, options.seeds)
         correct[arm.name] = methods["temporal"]
+    ids = scored[arms[0].name]
+    if others := [name for name, found in scored.items() if found != ids]:
+        sys.exit(f"runs of {others[0]} and {arms[0].name} were scored on other videos: they cannot be paired.")
     groups = np.array([source_group(video_id) for video_id in ids])
     compared = compare(correct, groups)
     rows = [row_of(arm.name, packs[arm.name], compared[arm.name]) for arm in arms]
@@ -173,12 +193,15 @@ def compare_packs(options: argparse.Namespace) -> None:
     config = {"resolved": resolved, "splits": options.splits, "seeds": options.seeds, "overrides": options.overrides}
     data = {key: packs[arms[0].name][key] for key in ("name", "size_px", "input_sha256", "num_videos", "num_frames")}
     counts = {"num_videos": len(ids), "num_sources": len(set(groups)), "num_seeds": len(options.seeds)}
-    write_result(options.out, config, data=data, **counts, chance_pct=100 / len(index.classes), rows=rows)
+    whole = {"names": list(PACKINGS), "splits": [1, 2, 3], "seeds": [0, 1, 2]}
+    asked = {"names": [arm.name for arm in arms], "splits": options.splits, "seeds": options.seeds}
+    out = options.out or default_out("flow_choice", partial=asked != whole)
+    write_result(out, config, data=data, **counts, chance_pct=100 / len(index.classes), rows=rows)
     for row in rows:
         low, high = row.get("difference", row)["interval_95_pct"]
         difference = f"{row['difference']['pct']:+.1f}" if "difference" in row else ""
         print(f"{row['name']:12} {row['pct']:5.1f} % {difference:6} {low:+.1f} to {high:+.1f}")
-    print(f"written to {options.out}")
+    print(f"written to {out}")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -188,7 +211,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     first.set_defaults(do=prepare)
     first.add_argument("--videos", type=Path, required=True, help="folder of class folders of videos")
     first.add_argument("--splits", type=Path, required=True, help="folder of the official list files")
-    first.add_argument("--out", type=Path, required=True, help="folder of videos/ and packs/")
+    first.add_argument("--out", type=Path, required=True, help="folder of videos_32/ and packs/")
     first.add_argument("--frames", type=int, default=32, help="of every clip, the middle ones")
     first.add_argument("--workers", type=int, help="processes of a pack (default: one per core)")
     first.add_argument("names", nargs="*", metavar="NAME", help=f"which of {', '.join(PACKINGS)}; default: all")
@@ -199,7 +222,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     second.add_argument("--splits", type=int, nargs="+", default=[1, 2, 3])
     second.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     second.add_argument("--runs", type=Path, default=Path("runs/flow_choice"))
-    second.add_argument("--out", type=Path, default=RESULTS / "flow_choice.json")
+    second.add_argument("--out", type=Path, help="default: benchmarks/results/flow_choice[_partial].json")
     second.add_argument("--set", dest="overrides", nargs="+", default=[], metavar="key=value", help="for train.launch")
     second.add_argument("names", nargs="*", metavar="NAME[=DIR]", help="the first is what the others are held to")
     options = parser.parse_args(argv)
@@ -210,6 +233,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: ends the run in work too
     options.do(options)
     return 0
 

@@ -3,11 +3,12 @@
     python benchmarks/flow_extraction.py [--data VIDEOS] [--flow-gt DIR] [--methods ...] [--set METHOD:key=value,...]
         [--device cuda] [--gpus 1] [--quick]
 
-VIDEOS is a folder of class folders of real clips (default: generated ones). Every method works on the same pairs of
-consecutive frames, in one process per core as in a pack, or one per GPU. Rounds are interleaved, warm-up is outside the
-clock, a row takes --seconds a round and at least one step. bytes_per_field is that of both components at quality 90,
-ranges per field; epe_mean_px that of flow_accuracy.py, with --flow-gt. hours_ucf101 is what all of UCF-101 would take
-at this rate on this machine; the paper's hours are those of 0.06 s a pair on one GPU.
+VIDEOS is a folder of class folders of real clips (default: generated ones). Every process of every method works on the
+same few pairs, the first of --pairs clips, all of them equally often, in one process per core as in a pack, or one per
+GPU. Rounds are interleaved, warm-up is outside the clock, a row takes --seconds a round and at least once all pairs.
+bytes_per_field is that of both components at quality 90, ranges per field; epe_mean_px that of flow_accuracy.py, with
+--flow-gt. hours_ucf101 is what all of UCF-101 would take at this rate on this machine, by the clock: cpu_share tells
+whether the processes had their cores. The paper's hours are those of 0.06 s a pair on one GPU.
 
 Beside the methods, as ceilings of what surrounds them in a pack:
 
@@ -15,9 +16,9 @@ Beside the methods, as ceilings of what surrounds them in a pack:
     jpeg              encoding the three JPEGs of a pair, RGB frame and two components, by OpenCV, and nothing else
 
 pack: `flow.pack --method dis` of some whole clips, and on the same clips, in as many processes, decoding and resizing
-alone, and flow alone, each timed as a whole with the start of its processes. Its ratio is to the larger of these two.
+alone, and flow alone, each timed as a whole. Its ratio is to the larger of these two, less the start of the processes.
 With `--device cuda` methods of the GPU are measured there, dis and the ceilings on the CPU for reference; no pack. The
-file is written after every round.
+file is written after every row of every round.
 """
 
 import argparse
@@ -25,124 +26,47 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from common import RESULTS, write_result
-from crew import Crew, CrewError, Work
-from flow_accuracy import ROWS, SETTINGS, Setting, choose, code, measure, read_pairs
-from pack_parts import PACK_METHOD, PackParts, pack_row
-
-import cv2  # isort: skip
-import numpy as np
+from common import default_out, write_result
+from crew import Crew, CrewError, Turn, Work
+from flow_accuracy import ROWS, SETTINGS, Setting, choose
+from flow_works import choose_clips, decode_work, flow_work, jpeg_work, write_pairs
+from pack_parts import PackParts, pack_row, spread
 from tqdm import tqdm
 
 from flow import demo
-from flow.catalog import list_videos
-from flow.codec import Codec
-from flow.extract import GPU_METHODS, flow_method
-from flow.video import read_frames, to_grey
+from flow.extract import GPU_METHODS
+from flow.resume import input_digest
 
 #: Official clips, and pairs of frames a clip: the mean of the paper's 1.5 TB, see sec. 5.
 UCF101_PAIRS = 13_320 * 180
 PAPER_S_PER_PAIR = 0.06
-CEILINGS = ("decode_resize", "jpeg")
-BYTES_PAIRS = 4
+#: Share of their time below which processes of the CPU lacked it: something else ran.
+CPU_SHARE = 0.9
+#: Beside a GPU.
+MAX_CPU_PROCESSES = 8
 
 TARGETS = {"brox_to_deepflow": 2.0, "brox_epe_above_deepflow_px": 0.02, "brox_cuda_ms": 6.0}
-
-
-# --- what is worked on -------------------------------------------------------------------------------------------
-
-
-def choose_clips(videos: Path, count: int) -> list[Path]:
-    """So many clips of the folder, at equal spacing in the order of their ids."""
-    found = [video.path for video in list_videos(videos)]
-    return [found[i] for i in np.linspace(0, len(found) - 1, min(count, len(found))).round().astype(int)]
-
-
-def write_pairs(clips: list[Path], pairs_per_clip: int, size_px: int, path: Path) -> list[int]:
-    """Store pairs of frames (pairs, 2, H, W, 3) uint8 of the clips of the first one's size; (pairs, H, W)."""
-    pairs = []
-    for clip in clips:
-        frames = read_frames(clip, size_px)
-        previous = next(frames)
-        for _, frame in zip(range(pairs_per_clip), frames, strict=False):
-            pairs.append(np.stack([previous, frame]))
-            previous = frame
-    pairs = [pair for pair in pairs if pair.shape == pairs[0].shape]
-    np.save(path, np.stack(pairs))
-    return [len(pairs), *pairs[0].shape[1:3]]
-
-
-def read_greys(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """First and second frames of stored pairs: two arrays (pairs, H, W) uint8."""
-    pairs = np.load(path)
-    first, second = (np.stack([to_grey(pair[i]) for pair in pairs]) for i in (0, 1))
-    return first, second
-
-
-def flow_work(setting: Setting, device: str, pairs: Path, truth: Path | None, number: int) -> Iterator[Any]:
-    """A method on batches of pairs; each process begins elsewhere. device "cuda" is GPU `number`."""
-    name, parameters = setting
-    method = flow_method(name, f"{device}:{number}" if device == "cuda" else device, parameters)
-    grey0, grey1 = read_greys(pairs)
-    order = np.arange(len(grey0))
-    some = order[:: -(-len(order) // BYTES_PAIRS)]
-    fields = [method(grey0[i], grey1[i]) for i in some] if number == 0 else []
-    size = min(method.batch_pairs, len(order))
-    method.batch(grey0[:size], grey1[:size])
-    yield {
-        "flow": method.metadata(),
-        "batch_pairs": size,
-        "bytes_per_field": float(np.mean([code(field, Codec())[1] for field in fields])) if fields else None,
-        "epe_mean_px": measure(method, read_pairs(truth))["epe_mean_px"] if truth and number == 0 else None,
-    }
-    at = number * size
-    while True:
-        batch = order.take(range(at, at + size), mode="wrap")
-        method.batch(grey0[batch], grey1[batch])
-        yield size
-        at += size
-
-
-def decode_work(clips: list[Path], size_px: int, number: int) -> Iterator[Any]:
-    """Frames of whole clips as `flow_work` wants them."""
-    yield {}
-    while True:
-        for clip in clips[number % len(clips) :] + clips[: number % len(clips)]:
-            for frame in read_frames(clip, size_px):
-                to_grey(frame)
-                yield 1
-
-
-def jpeg_work(pairs: Path, number: int) -> Iterator[Any]:
-    """The JPEGs of a pair, from RGB and codes in memory."""
-    quality = [cv2.IMWRITE_JPEG_QUALITY, Codec().quality]
-    frames, (grey0, grey1) = np.load(pairs)[:, 0], read_greys(pairs)
-    fields = flow_method(PACK_METHOD).batch(grey0, grey1)
-    codes = [[cv2.normalize(part, None, 0, 255, cv2.NORM_MINMAX, cv2.CV_8U) for part in field] for field in fields]
-    yield {}
-    while True:
-        for frame, components in zip(frames, codes, strict=True):
-            for image in (frame, *components):
-                cv2.imencode(".jpg", image, quality)
-            yield 1
 
 
 # --- rows --------------------------------------------------------------------------------------------------------
 
 
-def summarise(name: str, about: dict[str, Any], turns: list[Any]) -> dict[str, Any]:
+def summarise(name: str, about: dict[str, Any], turns: list[Turn]) -> dict[str, Any]:
     """A row: median and spread of its turns, and what follows from them."""
     rates = [turn.pairs_per_s for turn in turns]
     row = {
         "name": name,
         **about,
-        "pairs_per_s": {"median": median(rates), "min": min(rates), "max": max(rates)},
+        "pairs_per_s": spread(rates) | {"rounds": rates},
         "cpu_s_per_pair": median(turn.cpu_s_per_pair for turn in turns),
+        "cpu_share": median(turn.cpu_share for turn in turns),
     }
     if "flow" in about:
         row["hours_ucf101"] = UCF101_PAIRS / row["pairs_per_s"]["median"] / 3600
@@ -150,85 +74,110 @@ def summarise(name: str, about: dict[str, Any], turns: list[Any]) -> dict[str, A
 
 
 def compare_to_targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every brox row against what was aimed at: time and error to DeepFlow's on the CPU, ms a pair on a GPU."""
+    """Every brox row against what was aimed at: time and error to DeepFlow's on the CPU, ms a pair on a GPU.
+
+    Times are compared round by round; a `value` is the median of that, its least and its greatest.
+    """
     found = {row["name"]: row for row in rows if "error" not in row}
     deepflow = found.get("deepflow")
     compared = []
     for row in (row for row in found.values() if row.get("flow", {}).get("method") == "brox"):
-        rate = row["pairs_per_s"]["median"]
+        rates = row["pairs_per_s"]["rounds"]
         if row["device"] == "cuda":
-            ms, target = 1000 * row["processes"] / rate, TARGETS["brox_cuda_ms"]
-            compared.append(
-                {"row": row["name"], "what": "ms a pair", "value": ms, "target": target, "met": ms <= target}
-            )
+            ms, target = spread([1000 * row["processes"] / rate for rate in rates]), TARGETS["brox_cuda_ms"]
+            met = ms["median"] <= target
+            compared.append({"row": row["name"], "what": "ms a pair", "value": ms, "target": target, "met": met})
         elif deepflow:
-            ratio, target = deepflow["pairs_per_s"]["median"] / rate, TARGETS["brox_to_deepflow"]
+            both = zip(deepflow["pairs_per_s"]["rounds"], rates, strict=False)  # a round under way has but one
+            ratio, target = spread([other / rate for other, rate in both]), TARGETS["brox_to_deepflow"]
             entry = {"row": row["name"], "what": "time to deepflow's", "value": ratio, "target": target}
             excess = None
             if row["epe_mean_px"] is not None:
                 excess = row["epe_mean_px"] - deepflow["epe_mean_px"]
                 entry["epe_above_deepflow_px"] = excess
             limit = TARGETS["brox_epe_above_deepflow_px"]
-            compared.append({**entry, "met": None if excess is None else ratio <= target and excess <= limit})
+            entry["met"] = None if excess is None else ratio["median"] <= target and excess <= limit
+            compared.append(entry)
     return compared
 
 
-def start_crews(
-    options: argparse.Namespace, chosen: dict[str, Setting], clips: list[Path], pairs: Path
-) -> Iterator[Any]:
-    """Yield (name, device, crew or its error) for every row, ceilings last."""
+@dataclass
+class Row:
+    """A crew, what it says of itself, what it did so far, and what it failed of."""
+
+    name: str
+    device: str
+    crew: Crew
+    about: dict[str, Any] = field(default_factory=dict)
+    turns: list[Turn] = field(default_factory=list)
+    error: str | None = None
+
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        """Note what the crew fails of, and end it."""
+        try:
+            yield
+        except CrewError as error:
+            self.error = str(error)
+            self.crew.close()
+
+    def result(self) -> dict[str, Any]:
+        head = {"device": self.device, "processes": len(self.crew)}
+        if self.error:
+            return {"name": self.name, **head, "error": self.error}
+        return summarise(self.name, self.about, self.turns) | head
+
+
+def start_crews(options: argparse.Namespace, chosen: dict[str, Setting], clips: list[Path], pairs: Path) -> list[Row]:
+    """All rows, ceilings last; their processes start together."""
     plan: dict[str, tuple[str, Work]] = {}
     for name, setting in chosen.items():
         device = options.device if setting[0] in GPU_METHODS else "cpu"
         plan[name] = (device, partial(flow_work, setting, device, pairs, options.flow_gt))
     plan["decode_resize"] = ("cpu", partial(decode_work, clips, options.size))
     plan["jpeg"] = ("cpu", partial(jpeg_work, pairs))
-    for name, (device, work) in tqdm(plan.items(), desc="starting", leave=False, disable=None):
-        count = options.gpus if device == "cuda" else options.cores
-        try:
-            yield name, device, Crew(name, [work] * count)
-        except CrewError as error:
-            yield name, device, error
+    return [
+        Row(name, device, Crew(name, [work] * (options.gpus if device == "cuda" else options.cores)))
+        for name, (device, work) in plan.items()
+    ]
 
 
 def measure_rounds(options: argparse.Namespace, folder: Path, chosen: dict[str, Setting]) -> Iterator[dict[str, Any]]:
-    """After every round, what is known."""
+    """After every row's turn, what is known."""
     videos = options.data or generate_videos(folder, options)
-    clips = choose_clips(videos, options.clips)
-    shape = write_pairs(clips, options.pairs_per_clip, options.size, folder / "pairs.npy")
-    crews = {name: (device, crew) for name, device, crew in start_crews(options, chosen, clips, folder / "pairs.npy")}
-    parts = (
-        PackParts(folder, choose_clips(videos, options.pack_clips), options.size, options.cores)
-        if options.device == "cpu"
-        else None
-    )
-    turns: dict[str, list[Any]] = {name: [] for name in crews}
+    clips, pairs = choose_clips(videos, options.clips), folder / "pairs.npy"
+    shape = write_pairs(choose_clips(videos, options.pairs), options.size, pairs)
+    data = {"name": "real clips" if options.data else "generated clips", "digest": digest(videos, clips)}
+    data |= {"clips": len(clips), "pairs": shape[0], "size_px": shape[1:]}
+    packed = choose_clips(videos, options.pack_clips) if options.device == "cpu" else []
+    parts = PackParts(folder, packed, options.size, options.cores) if packed else None
     packs: list[dict[str, float]] = []
-    data = {"name": "real clips" if options.data else "generated clips", "clips": len(clips)}
-    data |= {"pairs": shape[0], "size_px": shape[1:]}
-    try:
+    with ExitStack() as stack:
+        rows = start_crews(options, chosen, clips, pairs)
+        for row in rows:
+            stack.callback(row.crew.close)
+        for row in tqdm(rows, desc="starting", leave=False, disable=None):
+            with row.recorded():
+                row.about = row.crew.wait()
+
+        def content() -> dict[str, Any]:
+            table = [row.result() for row in rows if row.turns or row.error]
+            found = {"data": data, "rows": table, "targets": compare_to_targets(table)}
+            return found | ({"pack": pack_row(packs, parts.pairs)} if parts and packs else {})
+
         for _ in tqdm(range(options.rounds), desc="rounds", disable=None):
-            for name, (device, crew) in crews.items():
-                if isinstance(crew, Crew):
-                    try:
-                        turns[name].append(crew.measure(options.seconds))
-                    except CrewError as error:
-                        crew.close()
-                        crews[name] = (device, error)
+            for row in (row for row in rows if row.error is None):
+                with row.recorded():
+                    row.turns.append(row.crew.measure(options.seconds))
+                yield content()
             if parts:
                 packs.append(parts.measure())
-            rows = []
-            for name, (device, crew) in crews.items():
-                count = options.gpus if device == "cuda" else options.cores
-                head = {"device": device, "processes": count}
-                row = summarise(name, crew.about, turns[name]) if isinstance(crew, Crew) else {"name": name}
-                rows.append(row | head if isinstance(crew, Crew) else row | head | {"error": str(crew)})
-            content = {"data": data, "rows": rows, "targets": compare_to_targets(rows)}
-            yield content | ({"pack": pack_row(packs, parts.pairs)} if parts else {})
-    finally:
-        for _, crew in crews.values():
-            if isinstance(crew, Crew):
-                crew.close()
+        yield content()
+
+
+def digest(videos: Path, clips: list[Path]) -> str:
+    """What was measured on, by names and sizes."""
+    return input_digest([[clip.relative_to(videos).as_posix(), clip.stat().st_size] for clip in clips], {})[:16]
 
 
 def generate_videos(folder: Path, options: argparse.Namespace) -> Path:
@@ -250,6 +199,9 @@ def print_rows(content: dict[str, Any]) -> None:
             error = "" if row["epe_mean_px"] is None else f"{row['epe_mean_px']:.3f} px"
             line += f" {row['bytes_per_field']:9,.0f} bytes a field {row['hours_ucf101']:9.1f} h {error}"
         print(line)
+        if row["device"] == "cpu" and row["cpu_share"] < CPU_SHARE:
+            share = f"its processes had {row['cpu_share']:.0%} of a core each: something else runs, and its hours are"
+            print(f"{row['name']}: {share} too many. Measure on a quiet machine.", file=sys.stderr)
     for target in content["targets"] + ([content["pack"]] if "pack" in content else []):
         print(target)
 
@@ -266,19 +218,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--gpus", type=int, default=1, help="with --device cuda: how many to use")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=4.0, help="of a row in a round")
-    parser.add_argument("--clips", type=int, default=16)
+    parser.add_argument("--clips", type=int, default=16, help="that are decoded and resized")
     parser.add_argument("--pack-clips", type=int, default=24, help="whole clips that are packed")
-    parser.add_argument("--pairs-per-clip", type=int, default=4)
+    parser.add_argument("--pairs", type=int, default=4, help="that every method works on, each of another clip")
     parser.add_argument("--size", type=int, default=256, help="smaller side of the frames, px")
     parser.add_argument("--quick", action="store_true", help="one short round on tiny frames: does it run?")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/flow_extraction[_cuda].json")
+    parser.add_argument("--out", type=Path, help="default: in benchmarks/results, see common.default_out")
     options = parser.parse_args(argv)
-    options.cores = len(os.sched_getaffinity(0))
-    options.out = options.out or RESULTS / f"flow_extraction{'_cuda' if options.device == 'cuda' else ''}.json"
+    options.cores = min(len(os.sched_getaffinity(0)), MAX_CPU_PROCESSES if options.device == "cuda" else 1 << 20)
+    options.partial = bool(options.methods) or options.rounds < parser.get_default("rounds")
     options.methods = options.methods or ROWS[options.device] + (["dis"] if options.device == "cuda" else [])
     if options.quick:
         options.rounds, options.seconds, options.size = 1, 0.2, 64
-        options.clips = options.pack_clips = 2
+        options.clips = options.pack_clips = options.pairs = 2
     return options
 
 
@@ -290,13 +242,18 @@ def main(argv: list[str] | None = None) -> int:
         sys.exit(f"error: {error}")
     config = {key: value for key, value in vars(options).items() if not isinstance(value, Path)}
     paper = {"s_per_pair": PAPER_S_PER_PAIR, "hours_ucf101": PAPER_S_PER_PAIR * UCF101_PAIRS / 3600}
+    less = {"quick": options.quick, "generated": options.data is None, "partial": options.partial}
+    out = options.out or default_out(f"flow_extraction{'_cuda' if options.device == 'cuda' else ''}", **less)
     content: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for content in measure_rounds(options, Path(folder), chosen):
-            write_result(options.out, config, ucf101_pairs=UCF101_PAIRS, paper=paper, **content)
+            write_result(out, config, complete=False, ucf101_pairs=UCF101_PAIRS, paper=paper, **content)
+    failed = any("error" in row for row in content["rows"])
+    complete = options.out is not None or not failed  # a result that lacks rows gets no name but a given one
+    write_result(out, config, complete, ucf101_pairs=UCF101_PAIRS, paper=paper, **content)
     print_rows(content)
-    print(f"written to {options.out}")
-    return int(any("error" in row for row in content["rows"]))
+    print(f"written to {out if complete else out.with_suffix('.partial.json')}")
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, demo_set, describe_data, write_result
+from common import default_out, demo_set, describe_data, write_result
 
 import numpy as np  # isort: skip
 
@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batches", type=int, default=2000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="few videos and batches: does it run?")
-    parser.add_argument("--out", type=Path, default=RESULTS / "footprint.json")
+    parser.add_argument("--out", type=Path, help="default: in benchmarks/results, see common.default_out")
     # Of one case, when this program calls itself:
     parser.add_argument("--case", choices=list(CASES), help=argparse.SUPPRESS)
     parser.add_argument("--small", type=Path, help=argparse.SUPPRESS)
@@ -142,6 +142,9 @@ def main(argv: list[str] | None = None) -> int:
     if options.case:
         print(json.dumps(CASES[options.case](options)))
         return 0
+    partial = any(getattr(options, key) < parser.get_default(key) for key in ("videos", "batches", "rounds"))
+    less = {"quick": options.quick, "generated": options.data is None, "partial": partial}
+    out = options.out or default_out("footprint", **less)
     if options.quick:
         options.videos, options.batches, options.rounds = 1000, 40, 1
     with tempfile.TemporaryDirectory() as folder:
@@ -153,14 +156,14 @@ def main(argv: list[str] | None = None) -> int:
         make_many(many, data, options.videos)
         rows = [run_case("open", data=many, small=data, **shape) for _ in range(options.rounds)]
         rows += [run_case("keep", data=data, k=k, batches=options.batches, **shape) for k in (1, 8)]
-    write_result(options.out, config, rows=rows)
+    write_result(out, config, rows=rows)
     for row in rows:
         print(
             "  ".join(
                 f"{key}={value:.3g}" if isinstance(value, float) else f"{key}={value}" for key, value in row.items()
             )
         )
-    print(f"written to {options.out}")
+    print(f"written to {out}")
     return 0
 
 

@@ -6,7 +6,8 @@
 # Needs one GPU, Python, torch, DALI (on PYTHONPATH is enough), OpenCV, scikit-learn, PyYAML, TensorBoard, tqdm, psutil,
 # matplotlib, webdataset and pytest; no network. Nine minutes at most: each step has its budget of seconds, and is ended
 # when that is spent, with status 124. A step that fails does not stop the others; the exit status is that of the worst.
-# Results are JSON in DIR (default benchmarks/results), on disk as soon as they are known.
+# Results are JSON in DIR (default benchmarks/results), on disk as soon as they are known: those of a step that was cut
+# off stay in NAME.partial.json.
 # Optical flow is measured on clips of VIDEOS, a folder of class folders, and on PAIRS, a folder of pairs with true flow
 # as Middlebury's; without them on generated ones.
 # `--device cpu --quick` runs the same steps on a machine without a GPU, to test their logic.
@@ -55,9 +56,9 @@ else
 fi
 common=("${data[@]}" "${quick[@]}")
 
-step gpu_tests 100 "${tests[@]}" -p no:cacheprovider
-step decode_rates 100 "$PYTHON" benchmarks/decode_rates.py --device "$device" "${common[@]}" --out "$out/decode_rates_$device.json"
-for stream in temporal:80 spatial:50; do # one may crash: a process and a file for each
+step gpu_tests 110 "${tests[@]}" -p no:cacheprovider
+step decode_rates 90 "$PYTHON" benchmarks/decode_rates.py --device "$device" "${common[@]}" --out "$out/decode_rates_$device.json"
+for stream in temporal:70 spatial:50; do # one may crash: a process and a file for each
     name=${stream%:*}
     step "loader_throughput_$name" "${stream#*:}" "$PYTHON" benchmarks/loader_throughput.py --device "$device" --streams "$name" \
         "${throughput[@]}" --rounds 2 --seconds 1.5 "${common[@]}" --out "$out/loader_throughput_${device}_$name.json"
@@ -66,6 +67,6 @@ step train_step 70 "$PYTHON" benchmarks/train_step.py --device "$device" --round
 step scaling 60 "$PYTHON" benchmarks/scaling.py "${machines[@]}" --rounds 1 --steps 20 "${common[@]}" --out "$out/scaling_$device.json"
 step flow_accuracy 30 "$PYTHON" benchmarks/flow_accuracy.py "${pairs[@]}" --device "$device" "${flow[@]}" "${quick[@]}" \
     --out "$out/flow_accuracy_$device.json"
-step flow_extraction 50 "$PYTHON" benchmarks/flow_extraction.py "${videos[@]}" "${pairs[@]/#/--flow-gt=}" --device "$device" \
+step flow_extraction 60 "$PYTHON" benchmarks/flow_extraction.py "${videos[@]}" "${pairs[@]/#/--flow-gt=}" --device "$device" \
     "${flow[@]}" --rounds 2 --seconds 2 "${quick[@]}" --out "$out/flow_extraction_$device.json"
 exit "$worst"

@@ -40,7 +40,7 @@ from typing import Any
 import ceilings
 import numpy as np
 import peers
-from common import RESULTS, demo_set, describe_data, write_result
+from common import default_out, demo_set, describe_data, write_result
 from row import Checked, Delivered, Job, Maker, Measured, RowError, RowProcess
 from tqdm import tqdm
 
@@ -255,9 +255,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=3.0, help="per row and round")
     parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)), help="threads of every row")
     parser.add_argument("--workers", type=int, nargs="+", metavar="N", help="worker processes to try; default: 1 to 4")
-    parser.add_argument("--out", type=Path, default=RESULTS / "loader_throughput.json")
+    parser.add_argument("--out", type=Path, help="default: in benchmarks/results, see common.default_out")
     parser.add_argument("--quick", action="store_true", help="one short round on small crops: does it run?")
     arguments = parser.parse_args(argv)
+    partial = bool(arguments.rows) or arguments.rounds < parser.get_default("rounds") or len(arguments.streams) < 2
+    less = {"quick": arguments.quick, "generated": arguments.data is None, "partial": partial}
+    arguments.out = arguments.out or default_out("loader_throughput", **less)
     arguments.rows = arguments.rows or [name for name in NAMES if arguments.cold or name != "ours_k1_cold"]
     arguments.workers = arguments.workers or ([1] if arguments.quick else [1, 2, 3, 4])
     arguments.L, arguments.crop_px = (2, 40) if arguments.quick else (10, 224)
@@ -282,7 +285,8 @@ def main(argv: list[str] | None = None) -> int:
             done = table
             for part in measure_stream(stream, folder, root, arguments):
                 table = done + part
-                write_result(arguments.out, config, rows=table)
+                write_result(arguments.out, config, complete=False, rows=table)
+        write_result(arguments.out, config, rows=table)
     for row in (row for row in table if "error" not in row):
         rate = row["samples_per_s"]
         print(

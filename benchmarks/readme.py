@@ -181,19 +181,26 @@ def flow_extraction_table(result: dict[str, Any]) -> str:
         f"time is {paper['s_per_pair']} s a pair."
     )
     if pack := result.get("pack"):
-        ratio = pack["ratio"]
         lines[-1] += (
-            f" A whole pack with `{pack['method']}`, {pack['pairs']:,} pairs, takes {ratio['median']:.2f} "
-            f"({ratio['min']:.2f} to {ratio['max']:.2f}) times as long as the larger of its parts alone, decoding and "
-            f"resizing, and flow; aimed at: {pack['target']}."
+            f" A whole pack with `{pack['method']}`, {pack['pairs']:,} pairs, takes {_spread(pack['ratio'])} times as "
+            f"long as the larger of its parts alone, decoding and resizing, and flow, each less the start of its "
+            f"processes; {_judged(pack)}. With the start it is {_spread(pack['whole_ratio'])}."
         )
     for target in result["targets"]:
         more = target.get("epe_above_deepflow_px")
         error = "" if more is None else f", {more:+.3f} px of error"
-        lines[-1] += (
-            f" `{target['row']}`, {target['what']}: {digits(target['value'])}{error}; aimed at: {target['target']}."
-        )
+        lines[-1] += f" `{target['row']}`, {target['what']}: {_spread(target['value'])}{error}; {_judged(target)}."
     return "\n".join(lines)
+
+
+def _spread(value: dict[str, float] | None) -> str:
+    return UNKNOWN if value is None else f"{value['median']:.2f} ({value['min']:.2f} to {value['max']:.2f})"
+
+
+def _judged(target: dict[str, Any]) -> str:
+    """What was aimed at, and whether it was met."""
+    met = {True: "met", False: "missed", None: "not judged"}[target["met"]]
+    return f"aimed at: {target['target']:.2f}, {met}"
 
 
 def flow_choice_table(result: dict[str, Any]) -> str:

@@ -28,7 +28,7 @@ from statistics import median
 from typing import Any
 
 from charts import draw_chart
-from common import RESULTS, demo_set, describe_data, write_result
+from common import default_out, demo_set, describe_data, write_result
 from scaling_model import (
     BYTES,
     PROJECTED,
@@ -182,9 +182,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "network 50); default: as measured on the largest n, or 300",
     )
     parser.add_argument("--host-cores-per-gpu", type=int, help="of the projection's loader; default: this machine's")
-    parser.add_argument("--out", type=Path, default=RESULTS / "scaling.json", help="the chart is put beside it")
+    parser.add_argument(
+        "--out", type=Path, help="default: in benchmarks/results, see common.default_out; the chart is put beside it"
+    )
     parser.add_argument("--measure", type=int, help=argparse.SUPPRESS)  # one launch: this program calls itself
     options = parser.parse_args(argv)
+    less = {"quick": options.quick, "generated": options.data is None}
+    less["partial"] = options.rounds < parser.get_default("rounds")
+    options.out = options.out or default_out("scaling", **less)
     options.counts, cores = options.gpus or options.procs, len(os.sched_getaffinity(0))
     if options.counts[0] != 1 or options.counts != sorted(set(options.counts)):
         parser.error(f"{options.counts}: give rising numbers from 1, against which the others are measured.")
@@ -221,10 +226,10 @@ def main(argv: list[str] | None = None) -> int:
         folder = Path(temporary)
         data = options.data or demo_set(folder, 256 if not options.quick else 64)
         turns = list(product(range(options.rounds), options.counts))
-        for _, n in tqdm(turns, disable=None):
+        for round_, n in tqdm(turns, disable=None):
             found[n].append(run_launch(n, argv, data, folder / "launch.json"))
             if n == options.counts[-1]:
-                write(options, data, found)
+                write(options, data, found, round_ + 1 == options.rounds)
     result = json.loads(options.out.read_text())
     draw_chart("scaling", options.out)
     show(result)
@@ -232,7 +237,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def write(options: argparse.Namespace, data: Path, found: dict[int, list[dict[str, Any]]]) -> None:
+def write(options: argparse.Namespace, data: Path, found: dict[int, list[dict[str, Any]]], complete: bool) -> None:
     """The result of the rounds so far."""
     config = make_config(options, data, data__stacks_per_window=options.stacks_per_window)
     header: dict[str, Any] = {key: value for key, value in to_flat(config).items() if key != "data.root"}
@@ -241,7 +246,7 @@ def write(options: argparse.Namespace, data: Path, found: dict[int, list[dict[st
     result = analyse(found, options)
     device = torch.cuda.get_device_name(0) if options.gpus else "one CPU core that computes, loads and communicates"
     link = f"{result['parts']['link_bytes_per_s'] / 1e9:.2f} GB/s"
-    write_result(options.out, header, device=device, link=link, **result)
+    write_result(options.out, header, complete, device=device, link=link, **result)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from common import RESULTS, demo_set, describe_data, write_result
+from common import default_out, demo_set, describe_data, write_result
 from trainee import (
     Trainee,
     add_arguments,
@@ -127,7 +127,7 @@ def measure(world: World, options: argparse.Namespace, data: Path) -> None:
         trainees = dict.fromkeys(turns, trainee)
         if "resident_compiled" in turns:
             trainees["resident_compiled"] = Trainee(compiled, num_classes, world)
-        for _ in range(options.rounds):
+        for left in reversed(range(options.rounds)):
             for name in (name for name in turns if name not in errors):
                 try:
                     turn = time_steps(trainees[name], feeds[name], options.steps, options.warm_up)
@@ -140,7 +140,7 @@ def measure(world: World, options: argparse.Namespace, data: Path) -> None:
                     turn["loader_samples_per_s"] = loader_rate(feeds[name], device, options.loader_seconds)
                 turns[name].append(turn)
                 progress.update()
-            write_result(options.out, header, **model, rows=summarise(turns, errors, flops, peak))
+            write_result(options.out, header, not left, **model, rows=summarise(turns, errors, flops, peak))
 
 
 def open_feeds(
@@ -199,8 +199,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", choices=ROWS, help="default: all that the device can run")
     parser.add_argument("--peak-tflops", type=float, help="the machine's peak, if it is not known")
     parser.add_argument("--loader-seconds", type=float, default=1.0, help="for the loader alone, per row and round")
-    parser.add_argument("--out", type=Path, default=RESULTS / "train_step.json")
+    parser.add_argument("--out", type=Path, help="default: in benchmarks/results, see common.default_out")
     options = parser.parse_args(argv)
+    partial = bool(options.rows) or options.rounds < parser.get_default("rounds")
+    less = {"quick": options.quick, "generated": options.data is None, "partial": partial}
+    options.out = options.out or default_out("train_step", **less)
     on_gpu = options.device == "cuda"
     fill(
         options,

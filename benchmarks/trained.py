@@ -5,7 +5,6 @@ train.launch; one is done when its results.json is there. Several processes may 
 process's, which holds its lock, and the others take the next.
 """
 
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -70,7 +69,6 @@ def train_missing(runs: Sequence[Run]) -> None:
 
     Exits if a run was trained with another config, or fails.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: ends the run in work too
     pending = list(runs)
     while pending:
         left = [run for run in pending if not _try(run)]
@@ -87,7 +85,9 @@ def _try(run: Run) -> bool:
             return False
         if (run.folder / "results.json").exists():
             asked = resolve_config(run.config, run.overrides)
-            if differing := differing_keys(read_config(run.folder / "config.yaml"), asked):
+            found = differing_keys(read_config(run.folder / "config.yaml"), asked)
+            # Where the data lie does not matter; that they are the same is seen by their fingerprint.
+            if differing := [text for text in found if not text.startswith("data.root:")]:
                 sys.exit(
                     f"{run.folder} was trained with another config: {'; '.join(differing)}. Choose another --runs."
                 )

@@ -8,6 +8,7 @@ of ucf101_mini, so that 27 runs fit into two hours of two cores.
 """
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for train.launch")
     options = parser.parse_intermixed_args(argv)
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: ends the run in work too
     index = open_index(options.data)
     splits = [f"split{split}" for split in options.splits]
     arms = [Arm(f"k{k}", options.data, (f"data.stacks_per_window={k}",)) for k in options.k]

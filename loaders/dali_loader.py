@@ -26,7 +26,7 @@ from loaders.pipeline import Graph
 from loaders.probe import choose_graph, samples_per_s
 from loaders.reader import Reader, Request, requests
 from loaders.region import Patch, crops, largest_patch, reachable, stored_patch, whole_frames
-from loaders.rescale import settled
+from loaders.rescale import settled, stored_sizes
 from loaders.source import Source
 from loaders.trajectory import cut_view, stack_crops, stack_frames
 from loaders.views import VIEWS, enumerate_views, num_view_batches
@@ -36,7 +36,7 @@ from loaders.windows import WindowPool, cut_stacks, to_inputs
 class DaliLoader:
     """Iterates over Batch objects; see `train_loader` and `view_loader`. Close it, or use it as a context manager.
 
-    num_left_out: training videos that are too short for a sample.
+    rows: the videos that draws are of; by default all. num_left_out: training videos that are too short for a sample.
     """
 
     def __init__(
@@ -46,6 +46,7 @@ class DaliLoader:
         graph: Graph,
         batch_size: int,
         *,
+        rows: Ints | None = None,
         start_step: int = 0,
         num_batches: int | None = None,
         num_left_out: int = 0,
@@ -64,7 +65,9 @@ class DaliLoader:
         if self._spec.follows_trajectories:
             self._make = self._make_views_of_trajectories if views else self._make_trajectories
         elif self._spec.stacks_per_window > 1 and not views:
-            self._pool = WindowPool(self._spec, max_pixels=int((source.index.heights * source.index.widths).max()))
+            rows = np.arange(source.index.num_videos) if rows is None else rows
+            self._pool = WindowPool(self._spec, int(stored_sizes(source.index, rows).prod(axis=1).max()))
+            self._patch_px = largest_patch(self._spec, source.index, rows)
             self._codes: list[torch.Tensor] = []  # buffers of crops that are free
             self._make = self._make_from_windows
             if graph.device == "cpu":
@@ -103,8 +106,8 @@ class DaliLoader:
 
     def _make_from_windows(self) -> Iterator[Batch]:
         outputs, request = self._decode()
-        codes = self._cut(outputs, request)
-        images = to_inputs(codes, request.draw, self._entries(request.draw), self._spec, self._patch(request.draw))
+        codes, patch = self._cut(outputs, request)
+        images = to_inputs(codes, request.draw, self._entries(request.draw), self._spec, patch)
         self._codes.append(codes)  # the device will write to it after it has read it
         return iter([self._batch(request.draw, images)])
 
@@ -144,28 +147,26 @@ class DaliLoader:
 
     def _feed_stacks(self) -> tuple[tuple[Any, ...], Any]:
         outputs, request = self._decode()
-        codes, draw = self._cut(outputs, request), request.draw
-        inputs = stack_inputs(codes.flatten(0, 1).numpy(), draw, self._entries(draw), self._spec, self._patch(draw))
+        (codes, patch), draw = self._cut(outputs, request), request.draw
+        inputs = stack_inputs(codes.flatten(0, 1).numpy(), draw, self._entries(draw), self._spec, patch)
         return inputs, (draw, codes)
 
-    def _cut(self, outputs: Any, request: Request) -> torch.Tensor:
+    def _cut(self, outputs: Any, request: Request) -> tuple[torch.Tensor, Patch]:
         """The crops (n, 2L, crop, crop, 1) uint8 of the request's samples, by way of the pool; if frames are rescaled,
-        the patches that crops are made from, in the upper left of what is enough for any."""
+        the patches that crops are made from, in the upper left of what is enough for any. And where the patches lie."""
         assert request.new is not None
         self._pool.add(request.new, outputs[0])
         self._in_use.keep(outputs)
-        codes = self._codes.pop() if self._codes else self._empty_codes(len(request.draw))
-        cut_stacks(self._pool.stacks(request.draw), self._patch(request.draw), codes)
+        index, draw = self._source.index, request.draw
+        patch = stored_patch(crops(draw, self._spec, index), draw.video, index)
+        codes = self._codes.pop() if self._codes else self._empty_codes(len(draw))
+        cut_stacks(self._pool.stacks(draw), patch, codes)
         self._pool.drop_used(request.new.step)
-        return codes
+        return codes, patch
 
     def _empty_codes(self, n: int) -> torch.Tensor:
-        side = largest_patch(self._spec, self._source.index)
+        side = self._patch_px
         return torch.empty(n, self._spec.num_images, side, side, 1, dtype=torch.uint8, device=self._graph.device)
-
-    def _patch(self, draw: Draw) -> Patch:
-        index = self._source.index
-        return stored_patch(crops(draw, self._spec, index), draw.video, index)
 
     def _entries(self, draw: Draw) -> Any:
         return self._source.entries(draw.video, draw.tau, self._spec.steps)
@@ -268,7 +269,7 @@ def train_loader(
     graph: overrides device, num_threads and decoder.
     Raises ValueError if the ranks cannot share the batch, or no video fits.
     """
-    spec = settled(spec, index)
+    spec = settled(spec, index, rows)
     videos = population(index, rows, spec)
     check_batch_size(batch_size, world_size, spec)
     slots = slots or rank_slots(rank, world_size, batch_size)
@@ -281,6 +282,7 @@ def train_loader(
         draws,
         graph,
         slots[1] - slots[0],
+        rows=rows,
         start_step=start_step,
         num_left_out=videos.num_left_out,
     )
@@ -305,7 +307,7 @@ def view_loader(
     Batches come in tens: the views of VIEWS of the same batch_size (video, tau) pairs, which are decoded once. All
     ranks get the same number of batches; padding has valid = False. batch_size is that of one rank.
     """
-    spec = settled(spec, index)
+    spec = settled(spec, index, rows)
     pairs = num_view_batches(len(rows) * num_taus, batch_size, world_size)
     draws = enumerate_views(
         index, rows, spec, num_taus=num_taus, batch_size=batch_size, rank=rank, world_size=world_size

@@ -251,7 +251,8 @@ def _decode_crop(inputs: Any, spec: StreamSpec, graph: Graph, *, start: Any, sha
 
 def _resized(image: Any, size: Any, begin: Any = None, end: Any = None) -> Any:
     """What lies between the borders begin and end of an image, or all of it, at another size, float32."""
-    return fn.resize(image, size=size, roi_start=begin, roi_end=end, dtype=types.FLOAT, antialias=False)
+    arguments = {"minibatch_size": Pipeline.current().max_batch_size}  # one launch, by default one for 32 images
+    return fn.resize(image, size=size, roi_start=begin, roi_end=end, dtype=types.FLOAT, antialias=False, **arguments)
 
 
 def _on_device(image: Any, graph: Graph) -> Any:

@@ -54,12 +54,11 @@ def stored_patch(region: Region, video: Ints, index: Index) -> Patch:
     return Patch(start, end - start, region.start * ratio - start, stop * ratio - start)
 
 
-def largest_patch(spec: StreamSpec, index: Index) -> int:
-    """Side in px of what holds the patch of any crop of any video."""
+def largest_patch(spec: StreamSpec, index: Index, rows: Ints) -> int:
+    """Side in px of what holds the patch of any crop of any listed video."""
     if spec.size_px is None:
         return spec.crop_px
-    video = np.arange(index.num_videos)
-    ratio = (stored_sizes(index, video) / frame_sizes(index, video, spec)).max()
+    ratio = (stored_sizes(index, rows) / frame_sizes(index, rows, spec)).max()
     return int((spec.crop_px - 1) * ratio) + 3  # the outermost pixels' distance, and the stored pixels around
 
 

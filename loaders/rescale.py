@@ -20,9 +20,9 @@ from loaders.batch import StreamSpec
 from loaders.index import Index, Ints
 
 
-def settled(spec: StreamSpec, index: Index) -> StreamSpec:
-    """The spec, without its size if that is what every video is stored at: then nothing is to be rescaled."""
-    stored = np.minimum(index.heights, index.widths)
+def settled(spec: StreamSpec, index: Index, rows: Ints) -> StreamSpec:
+    """The spec, without its size if that is what every listed video is stored at: then nothing is to be rescaled."""
+    stored = stored_sizes(index, rows).min(axis=1)
     return replace(spec, size_px=None) if (stored == spec.size_px).all() else spec
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
@@ -136,18 +137,22 @@ def to_inputs(codes: torch.Tensor, draw: Draw, entries: Any, spec: StreamSpec, p
     """
     affine = np.stack(image_affine(entries, draw.mirror, draw.alpha, spec)).astype(np.float32)  # (2, n * 2L, 1)
     shift, width = to_device(affine.reshape(2, len(draw), spec.num_images, 1, 1), codes.device)
-    mirror = to_device(draw.mirror, codes.device)[:, None, None, None]
     codes = codes.squeeze(-1)
     if spec.size_px is not None:
-        codes = _resize(codes, patch, spec.crop_px)
-    return torch.where(mirror, codes.flip(-1), codes).float().sub_(shift).div_(width)
+        crops = _resize(codes, patch, spec.crop_px, draw.mirror)
+    else:
+        mirror = to_device(draw.mirror, codes.device)[:, None, None, None]
+        crops = torch.where(mirror, codes.flip(-1), codes).float()
+    return crops.sub_(shift).div_(width)
 
 
-def _resize(codes: torch.Tensor, patch: Patch, crop_px: int) -> torch.Tensor:
-    """The crops (n, 2L, crop, crop) float32 made from patches in the upper left of codes (n, 2L, side, side) uint8."""
+def _resize(codes: torch.Tensor, patch: Patch, crop_px: int, mirror: npt.NDArray[np.bool_]) -> torch.Tensor:
+    """The crops (n, 2L, crop, crop) float32, mirrored where asked for, made from patches in the upper left of codes
+    (n, 2L, side, side) uint8."""
     pixel = (patch.end - patch.begin) / crop_px  # (n, 2) stored px
     centres = patch.begin[:, :, None] + (np.arange(crop_px) + 0.5) * pixel[:, :, None] - 0.5  # (n, 2, crop)
     centres = centres.clip(0, patch.size[:, :, None] - 1)  # what lies beyond a patch is left over from others
+    centres[mirror, 1] = centres[mirror, 1, ::-1]
     unit = centres * (2 / (codes.shape[-1] - 1)) - 1  # of grid_sample: -1 is the first pixel, 1 the last one
     y, x = to_device(np.ascontiguousarray(unit.astype(np.float32).swapaxes(0, 1)), codes.device)
     grid = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), dim=-1)  # (n, crop, crop, 2)

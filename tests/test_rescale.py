@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from flow import fields as oracle
 from flow import video
 from flow.codec import Codec
-from loaders import dali_loader, reference
+from loaders import dali_loader, pipeline, reference, windows
 from loaders.batch import FLOW_SCALE, StreamSpec
 from loaders.dali_loader import DaliLoader
 from loaders.draw import Draw
@@ -106,7 +106,7 @@ def test_a_patch_is_what_interpolation_looks_at(mixed, spec):
     draw = Draw.of_stacks(video, zeros, rng.integers(0, free + 1), zeros.astype(bool))
     region = crops(draw, spec, mixed)
     patch = stored_patch(region, video, mixed)
-    assert (patch.size <= largest_patch(spec, mixed)).all()
+    assert (patch.size <= largest_patch(spec, mixed, np.arange(mixed.num_videos))).all()
     for row, (y, x), (height, width), (y0, x0), (h, w) in zip(
         video, region.start, region.frame, patch.start, patch.size, strict=True
     ):
@@ -166,7 +166,7 @@ def test_what_a_gpu_cuts_equals_what_the_stack_graph_cuts(mixed):
 
 def samples(index, spec, draw):
     """A training graph's answer to a given draw, in px/frame."""
-    with DaliLoader(Source(index, settled(spec, index)), iter([draw]), Graph(), len(draw)) as loader:
+    with DaliLoader(Source(index, settled(spec, index, draw.video)), iter([draw]), Graph(), len(draw)) as loader:
         return next(loader).inputs.numpy() / FLOW_SCALE
 
 
@@ -179,16 +179,39 @@ def test_a_video_of_the_size_asked_for_is_untouched_in_mixed_company(mixed):
         assert np.array_equal(samples(mixed, spec, draw), samples(mixed, plain, draw))
 
 
-def test_nothing_is_resized_where_all_frames_have_the_size(packed_demo, mixed):
-    index = open_index(packed_demo)
-    spec = StreamSpec(stream="temporal", L=3, crop_px=40, size_px=48)
-    assert settled(spec, index).size_px is None
-    assert settled(SPECS[0], mixed).size_px == SIZE
-    (a,), (b,) = (
-        take(dali_loader.train_loader(index, index.split("split1_train"), s, seed=0, batch_size=8), 1)
-        for s in (spec, StreamSpec(stream="temporal", L=3, crop_px=40))
-    )
-    assert torch.equal(a.inputs, b.inputs)
+@pytest.mark.parametrize("k", [1, 2])
+def test_nothing_is_resized_where_all_listed_frames_have_the_size(mixed, monkeypatch, k):
+    def refuse(*_):
+        raise AssertionError("frames are resized")
+
+    monkeypatch.setattr(pipeline, "_resized", refuse)
+    monkeypatch.setattr(windows, "_resize", refuse)
+    same, options = mixed.rows(["b/same"]), dict(seed=0, batch_size=8)
+    batches = []
+    for size_px in (SIZE, None):
+        spec = StreamSpec(stream="temporal", L=3, crop_px=40, size_px=size_px, stacks_per_window=k)
+        batches += take(dali_loader.train_loader(mixed, same, spec, **options), 1)
+        with dali_loader.view_loader(mixed, same, spec, num_taus=1, batch_size=1) as views:
+            batches.append(next(views))
+    for a, b in zip(batches[:2], batches[2:], strict=True):
+        assert torch.equal(a.inputs, b.inputs)
+    spec = StreamSpec(stream="temporal", L=3, crop_px=40, size_px=SIZE, stacks_per_window=k)
+    with pytest.raises(AssertionError, match="frames are resized"):
+        dali_loader.train_loader(mixed, np.arange(mixed.num_videos), spec, **options)
+
+
+def test_a_mirrored_grid_gives_the_mirrored_crop(mixed):
+    """Bit for bit."""
+    spec, video = SPECS[-1], np.arange(mixed.num_videos)
+    zeros = np.zeros(len(video), np.int64)
+    draw = Draw.of_stacks(video, zeros, np.stack([zeros + 3, zeros], axis=1), video % 2 == 0)
+    patch = stored_patch(crops(draw, spec, mixed), video, mixed)
+    side = largest_patch(spec, mixed, video)
+    codes = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (len(video), 6, side, side), np.uint8))
+    found = windows._resize(codes, patch, spec.crop_px, draw.mirror)
+    plain = windows._resize(codes, patch, spec.crop_px, np.zeros(len(video), bool))
+    for mirror, a, b in zip(draw.mirror, found, plain, strict=True):
+        assert torch.equal(a, b.flip(-1) if mirror else b) and not torch.equal(a, b.flip(-1) if not mirror else b)
 
 
 @pytest.fixture(scope="module")
