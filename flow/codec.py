@@ -146,6 +146,17 @@ def decode_rgb(jpeg: bytes) -> npt.NDArray[np.uint8]:
     return np.asarray(cv2.cvtColor(_decode(jpeg, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB), np.uint8)
 
 
+def check_rgb(jpeg: bytes, height: int, width: int) -> None:
+    """Raise ValueError unless a colour JPEG has this size and can be decoded.
+
+    Decoded to an eighth of its sides: all its codes are read, as for the whole, in a quarter of the time.
+    """
+    size = coded_size(jpeg)
+    reduced = _decode(jpeg, import_cv2().IMREAD_REDUCED_COLOR_8).shape
+    if size != (height, width, 3) or reduced != (-(-height // 8), -(-width // 8), 3):
+        raise ValueError(f"An image of {height}x{width} px was encoded as one of {size[0]}x{size[1]} px.")
+
+
 def _encode(image: npt.NDArray[np.uint8], quality: int | None) -> bytes:
     cv2 = import_cv2()
     if quality is None:

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flow.camera import CameraError, estimate_camera, subtract_camera
-from flow.codec import Codec, coding_error, decode_rgb, encode_component, encode_rgb
+from flow.codec import Codec, check_rgb, coding_error, encode_component, encode_rgb
 from flow.extract import Field, FlowMethod, Grey, flow_method
 from flow.overlap import ahead
 from flow.pool import worker_number
@@ -108,8 +108,7 @@ def fragment_file(path: Path) -> Iterator[BinaryIO]:
 def encode_frame(frame: npt.NDArray[np.uint8], quality: int | None) -> bytes:
     """JPEG of an RGB frame (H, W, 3) uint8, decoded once as proof. Raises ValueError if it does not survive that."""
     jpeg = encode_rgb(frame, quality)
-    if decode_rgb(jpeg).shape != frame.shape:
-        raise ValueError(f"an image of shape {frame.shape} does not survive JPEG")
+    check_rgb(jpeg, *frame.shape[:2])
     return jpeg
 
 

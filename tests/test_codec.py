@@ -6,6 +6,7 @@ import pytest
 from flow import fields
 from flow.codec import (
     Codec,
+    check_rgb,
     coded_size,
     coding_error,
     decode_component,
@@ -140,3 +141,17 @@ def test_stacking_follows_equation_1():
     for tau in (-1, 3):
         with pytest.raises(ValueError, match=rf"tau={tau} with L=3 .* Take tau in \[0, 2\]"):
             fields.stack_fields(fields_of_video, tau, 3)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (17, 33), (100, 61)])
+def test_a_colour_jpeg_is_proven_by_its_size_and_codes(size):
+    image = np.random.default_rng(0).integers(0, 255, (*size, 3), np.uint8)
+    jpeg = encode_rgb(image, 90)
+    check_rgb(jpeg, *size)
+    with pytest.raises(ValueError, match=f"was encoded as one of {size[0]}x{size[1]} px"):
+        check_rgb(jpeg, size[0] + 1, size[1])
+    with pytest.raises(ValueError, match="no decodable JPEG|without a frame header"):
+        check_rgb(jpeg[:40], *size)
+    grey = encode_component(image[..., 0].astype(np.float32), Codec()).jpeg
+    with pytest.raises(ValueError, match="was encoded"):
+        check_rgb(grey, *size)
