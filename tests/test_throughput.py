@@ -243,7 +243,7 @@ def test_the_script_writes_what_table_and_chart_are_made_from(packed_demo, tmp_p
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(out.read_text())
-    assert set(result) == {"machine", "versions", "commit", "config", "rows"}
+    assert set(result) == {"machine", "versions", "commit", "config", "complete", "rows"} and result["complete"]
     assert [(row["stream"], row["name"]) for row in result["rows"]] == [("temporal", name) for name in names]
     keys = {"stream", "name", "setting", "samples_per_s", "cpu_s_per_1000", "peak_rss_bytes", "read_bytes_per_sample"}
     keys |= {f"ratio_to_{other}" for other in ("torch_dataloader", "best_peer", "ceiling")}
