@@ -63,8 +63,9 @@ def pack(
     The number of processes and GPUs is no setting of the pack: it may go on with another, but not on the CPU if it
     began on GPUs, which round differently.
 
-    Raises ValueError if the folder or the lists are unusable, no video could be packed, or `out` holds a pack with
-    other settings or of other videos. Bad videos are left out and reported.
+    Raises ValueError if the folder or the lists are unusable, the method cannot compute flow with its parameters here,
+    no video could be packed, or `out` holds a pack with other settings or of other videos. Bad videos are left out
+    and reported.
     """
     if size_px < 16 or videos_per_shard < 1 or (num_workers is not None and num_workers < 1):
         raise ValueError(
