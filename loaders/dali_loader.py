@@ -261,6 +261,9 @@ def train_loader(
     num_threads: int = 2,
     decoder: str = "auto",
     graph: Graph | None = None,
+    timeout_s: float = 300.0,
+    on_damage: str = "raise",
+    max_damaged_pct: float = 1.0,
 ) -> DaliLoader:
     """Endless training batches; item s is this rank's slice of global batch start_step + s.
 
@@ -301,6 +304,7 @@ def view_loader(
     num_threads: int = 2,
     decoder: str = "auto",
     graph: Graph | None = None,
+    timeout_s: float = 300.0,
 ) -> DaliLoader:
     """All test views of the listed videos, once: num_taus starts x 10 crops (sec. 5), dealt out to the ranks.
 

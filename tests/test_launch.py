@@ -115,7 +115,7 @@ def test_loaders_are_asked_for_a_kind_of_device(packed):
     """The process has chosen its GPU; the loaders know "cuda", not "cuda:3"."""
     world = World(rank=0, world_size=1, device=torch.device("cuda", 3), num_threads=5)
     options = loader_options(tiny_config(packed), world)
-    assert options == {"rank": 0, "world_size": 1, "device": "cuda", "num_threads": 5, "decoder": "auto"}
+    assert options == {"rank": 0, "world_size": 1, "device": "cuda", "num_threads": 5, "decoder": "auto", "timeout_s": 300.0}
 
 
 @pytest.mark.slow

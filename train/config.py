@@ -67,6 +67,10 @@ class DataConfig:
     """Where JPEGs are decoded if there is a GPU; `auto` measures a few batches and takes the fastest that works."""
     num_threads: int | None = None
     """Loading threads of a process; null: the machine's cores divided by its processes."""
+    on_damage: Literal["raise", "skip"] = "raise"
+    """What a damaged shard does to training: `skip` takes another draw of the same class in the sample's place."""
+    max_damaged_pct: float = 1.0
+    """With `skip`: the run fails when more than this part of its samples had to be replaced."""
 
     def __post_init__(self) -> None:
         _require(
@@ -79,6 +83,10 @@ class DataConfig:
         )
         _require(self.crop_px >= 1, f"data.crop_px={self.crop_px} must be at least 1.")
         _require(self.stacks_per_window >= 1, f"data.stacks_per_window={self.stacks_per_window} must be at least 1.")
+        _require(
+            0 <= self.max_damaged_pct <= 100,
+            f"data.max_damaged_pct={self.max_damaged_pct} is a percentage, from 0 to 100.",
+        )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -164,20 +172,31 @@ class TrainConfig:
     """Gradients travel between processes in buckets of this size (2**20 bytes), while the backward pass goes on."""
     gradient_compression: Literal["none", "bfloat16"] = "none"
     """`bfloat16` rounds gradients on their way, which halves the bytes; they are applied in float32."""
+    clip_grad_norm: float | None = None
+    """Scale a gradient whose norm, over all parameters, is larger than this down to it; null: no clipping."""
+    timeout_s: float = 300.0
+    """Longest wait for a batch, or for the other processes, before the run fails and says what it waited for."""
     log_every: int = 20
     """Steps from log line to log line."""
     checkpoint_every: int = 1000
     """Steps from checkpoint to checkpoint; there is always one after the last step."""
+    keep_checkpoints: int = 2
+    """Checkpoints to keep: if the newest is damaged, training goes on from the one before."""
 
     def __post_init__(self) -> None:
         _require(
             len(self.streams) > 0 and len(set(self.streams)) == len(self.streams),
             f"train.streams={self.streams} must name one or both of {list(STREAMS)}, each once.",
         )
-        for name in ("batch_size", "log_every", "checkpoint_every"):
+        for name in ("batch_size", "log_every", "checkpoint_every", "keep_checkpoints"):
             _require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)} must be at least 1.")
         _require(self.seed >= 0, f"train.seed={self.seed} must be at least 0.")
-        _require(self.bucket_mb > 0, f"train.bucket_mb={self.bucket_mb} must be positive.")
+        for name in ("bucket_mb", "timeout_s"):
+            _require(getattr(self, name) > 0, f"train.{name}={getattr(self, name)} must be positive.")
+        _require(
+            self.clip_grad_norm is None or self.clip_grad_norm > 0,
+            f"train.clip_grad_norm={self.clip_grad_norm} must be positive, or null for no clipping.",
+        )
 
 
 @dataclass(kw_only=True, slots=True)

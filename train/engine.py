@@ -54,6 +54,7 @@ def loader_options(config: Config, world: World) -> dict[str, Any]:
         "device": world.device.type,  # the process has chosen its GPU already
         "num_threads": config.data.num_threads or world.num_threads,
         "decoder": config.data.decoder,
+        "timeout_s": config.train.timeout_s,
     }
 
 
@@ -203,6 +204,7 @@ def _train_loader(
 ) -> Any:
     """The training batches of this rank, of one data set or several."""
     options = {"start_step": start_step, **loader_options(config, world)}
+    options |= {"on_damage": config.data.on_damage, "max_damaged_pct": config.data.max_damaged_pct}
     make, spec, seed = loader_module(config).train_loader, stream_spec(config, stream), config.train.seed
     if len(tasks.sets) == 1:
         (data,) = tasks.sets
