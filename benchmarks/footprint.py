@@ -11,7 +11,6 @@ private_bytes leaves out the pages of index and shards, which all processes shar
 
 import argparse
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from common import default_out, demo_set, describe_data, write_result
 import numpy as np  # isort: skip
 
 from flow.index import VIDEO, load_index, write_index
+from flow.shard import write_json
 from loaders import dali_loader
 from loaders.batch import StreamSpec
 from loaders.index import open_index
@@ -55,7 +55,8 @@ def make_many(root: Path, source: Path, num_videos: int) -> None:
     (root / "splits").mkdir(parents=True)
     write_index(root, header, {"videos": videos, "names": np.frombuffer("".join(ids).encode(), np.uint8), **entries})
     (root / "splits" / "split1_train.txt").write_text("".join(f"{video_id}\n" for video_id in ids))
-    shutil.copy(source / "dataset.json", root)
+    dataset = json.loads((source / "dataset.json").read_bytes())
+    write_json(root / "dataset.json", {**dataset, "classes": header["classes"], "num_videos": num_videos})
     for shard in header["shards"]:
         (root / shard["name"]).symlink_to((source / shard["name"]).resolve())
 

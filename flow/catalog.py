@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from flow.shard import check_video_id
+from flow.shard import check_class_name, check_video_id
+from flow.untrusted import MAX_JSON_BYTES, read_lines
 from flow.video import VIDEO_EXTENSIONS
 
 TEST_SHARE = 0.3
@@ -103,6 +104,7 @@ def list_videos(root: Path, extensions: Set[str] = VIDEO_EXTENSIONS, what: str =
                 "as ImageNet's validation images are published, into class folders."
             )
         check_video_id(video_id)
+        check_class_name(path.parent.name)
         if video_id in videos:
             raise ValueError(f"{videos[video_id].path} and {path} have the same id {video_id!r}. Remove one of them.")
         videos[video_id] = Video(video_id, path.parent.name, path)
@@ -202,13 +204,25 @@ def _detect(splits_dir: Path | None) -> str:
 
 def _lines(path: Path) -> Iterator[tuple[str, str, int | None]]:
     """(place for errors, video id or name without extension, number behind it or None) of every line of a list."""
-    for number, line in enumerate(path.read_text("utf-8-sig").splitlines(), 1):  # CRLF as published, or LF
+    for number, line in enumerate(read_lines(path, MAX_JSON_BYTES), 1):  # CRLF as published, or LF
         if not line.strip():
             continue
-        found = re.fullmatch(r"(.+?\.\w+?)(?:\s+(\d+))?", line.strip())
-        if not found:
-            raise ValueError(f"{path.name}, line {number}: {line!r} is not a video's file name and a number.")
-        yield f"{path.name}, line {number}", os.path.splitext(found[1])[0], int(found[2]) if found[2] else None
+        place = f"{path.name}, line {number}"
+        file, *rest = line.strip().rsplit(None, 1)
+        if rest and not _is_number(rest[0]):
+            file, rest = line.strip(), []
+        name, extension = os.path.splitext(file)
+        if not re.fullmatch(r"\.\w+", extension):
+            raise ValueError(f"{place}: {line!r:.200} is not a video's file name and a number.")
+        try:
+            check_video_id(name)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from None
+        yield place, name, int(rest[0]) if rest else None
+
+
+def _is_number(text: str) -> bool:
+    return text.isdecimal() and len(text) <= 9
 
 
 def read_ucf101_lists(splits_dir: Path) -> Lists:
@@ -216,8 +230,8 @@ def read_ucf101_lists(splits_dir: Path) -> Lists:
     index = splits_dir / "classInd.txt"
     if not index.is_file():
         raise ValueError(f"{splits_dir} lacks classInd.txt, UCF-101's list of classes.")
-    rows = [line.split() for line in index.read_text("utf-8-sig").splitlines() if line.strip()]
-    if not all(len(row) == 2 and row[0].isdecimal() for row in rows):
+    rows = [line.split() for line in read_lines(index, MAX_JSON_BYTES) if line.strip()]
+    if not all(len(row) == 2 and _is_number(row[0]) for row in rows):
         raise ValueError(f"{index}: expected a number and a class name in every line.")
     official_ids = {name: int(number) for number, name in rows}
     splits = {}

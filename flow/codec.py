@@ -70,7 +70,7 @@ class Codec:
         try:
             return Codec(**metadata)
         except TypeError:
-            raise ValueError(f"codec metadata {metadata}: expected the keys {list(asdict(Codec()))}.") from None
+            raise ValueError(f"codec metadata {metadata!r:.300}: expected the keys {list(asdict(Codec()))}.") from None
 
     def metadata(self) -> dict[str, Any]:
         return asdict(self)
@@ -168,7 +168,13 @@ def _encode(image: npt.NDArray[np.uint8], quality: int | None) -> bytes:
 
 
 def _decode(jpeg: bytes, mode: int) -> npt.NDArray[np.uint8]:
-    image = import_cv2().imdecode(np.frombuffer(jpeg, np.uint8), mode)
+    if jpeg.startswith(b"\xff\xd8") and jpeg.count(b"\xff\xda") > MAX_SCANS:
+        raise ValueError(f"{len(jpeg)} bytes with more than {MAX_SCANS} scans of one image: it would take very long.")
+    cv2 = import_cv2()
+    try:
+        image = cv2.imdecode(np.frombuffer(jpeg, np.uint8), mode)
+    except cv2.error as error:
+        raise ValueError(f"{len(jpeg)} bytes that OpenCV does not decode: {str(error).strip()}.") from None
     if image is None:
         raise ValueError(f"{len(jpeg)} bytes that are no decodable JPEG.")
     return np.asarray(image, np.uint8)
@@ -177,10 +183,21 @@ def _decode(jpeg: bytes, mode: int) -> npt.NDArray[np.uint8]:
 # JPEG markers that open a frame header (SOF): height, width and number of channels stand in it.
 # 0xC4, 0xC8 and 0xCC lie in the range but mean something else.
 _SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_SOS = 0xDA
+#: And tables, application data and comments.
+_IN_HEADER = _SOF | {_SOS, 0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)}
 
+
+#: Of a progressive JPEG. Encoders write ten or so; each costs a pass over the image, however short it is.
+MAX_SCANS = 200
 
 #: The end-of-image marker: what a JPEG ends with.
 JPEG_END = b"\xff\xd9"
+
+
+def max_jpeg_bytes(height: int, width: int, channels: int) -> int:
+    """More bytes than any JPEG of that size needs."""
+    return height * width * (6 if channels == 3 else 2) + 65_536
 
 
 def coded_size(jpeg: bytes) -> tuple[int, int, int]:
@@ -189,19 +206,29 @@ def coded_size(jpeg: bytes) -> tuple[int, int, int]:
 
 
 def frame_header(jpeg: bytes) -> tuple[tuple[int, int, int], int]:
-    """Size (height, width, channels) that a JPEG's header claims, and the number of bytes up to there.
+    """Size (height, width, channels) that a JPEG's header claims, and the header's bytes, up to the data of the scan.
 
-    Found by walking the segments; nothing is decoded. Raises ValueError if there is no frame header before the scan.
+    Found by walking the segments; nothing is decoded. Raises ValueError unless they are an unbroken chain, with one
+    frame header of 8-bit samples and a scan: at anything else nvImageCodec's parser may end the process.
     """
     if jpeg[:2] != b"\xff\xd8":
         raise ValueError(f"The bytes begin with {jpeg[:2].hex() or 'nothing'}; a JPEG begins with ffd8.")
-    at = 2
-    while at + 10 <= len(jpeg) and jpeg[at] == 0xFF:
-        marker = jpeg[at + 1]
-        if marker in _SOF:
-            height, width = (int.from_bytes(jpeg[at + i : at + i + 2], "big") for i in (5, 7))
-            return (height, width, jpeg[at + 9]), at + 10
-        if marker == 0xDA:  # the scan
+    at, size = 2, None
+    while at + 4 <= len(jpeg) and jpeg[at] == 0xFF:
+        marker, length = jpeg[at + 1], int.from_bytes(jpeg[at + 2 : at + 4], "big")
+        if marker not in _IN_HEADER:
             break
-        at += 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
-    raise ValueError(f"A JPEG of {len(jpeg)} bytes without a frame header.")
+        end = at + 2 + length
+        if length < 2 or end > len(jpeg):
+            raise ValueError(f"A JPEG of {len(jpeg)} bytes with a segment of {length} bytes at byte {at}.")
+        if marker in _SOF:
+            precision, *size_bytes, channels = jpeg[at + 4 : at + 10].ljust(6, b"\0")
+            if size is not None or precision != 8 or length != 8 + 3 * channels:
+                raise ValueError(f"A JPEG with a second frame header at byte {at}, or one that contradicts itself.")
+            size = int.from_bytes(size_bytes[:2], "big"), int.from_bytes(size_bytes[2:], "big"), channels
+        elif marker == _SOS:
+            if size is None:
+                break
+            return size, end
+        at = end
+    raise ValueError(f"A JPEG of {len(jpeg)} bytes whose header breaks off at byte {at}: no frame header, or no scan.")

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flow.catalog import Catalog, Lists, match, read_lists, seeded_shards, split_by_folder
-from flow.codec import JPEG_END, Codec, coded_size, decode_component, decode_rgb
+from flow.codec import JPEG_END, Codec, coded_size, decode_component, decode_rgb, max_jpeg_bytes
 from flow.flow_files import FlowDir, find_files, list_flow_dirs
 from flow.fragment import FragmentReport, Totals, fragment_file, reason
 from flow.index import load_index
@@ -41,6 +41,7 @@ from flow.resume import (
     write_shards,
 )
 from flow.shard import CLIP_FRAMES, Clip, Member, write_clip
+from flow.untrusted import MAX_FRAME_PX, read_bounded
 from flow.video import import_cv2
 
 #: What dataset.json calls a method that nobody named.
@@ -258,15 +259,22 @@ class _Reader:
 
 
 def _header(path: Path, jpeg: bytes) -> tuple[int, int, int]:
+    """Coded size of a JPEG. Raises ValueError for what is none, and for one that loaders would refuse."""
     try:
-        return coded_size(jpeg)
+        height, width, channels = coded_size(jpeg)
     except ValueError as error:
         raise ValueError(f"{path.name} is no JPEG: {error} Extract the video again.") from None
+    if height * width > MAX_FRAME_PX or len(jpeg) > max_jpeg_bytes(height, width, channels):
+        raise ValueError(
+            f"{path.name} claims {width}x{height} px in {len(jpeg)} bytes: expected at most {MAX_FRAME_PX:,} px, and "
+            "no more bytes than they need. Extract the video again."
+        )
+    return height, width, channels
 
 
 def _read_bytes(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_bounded(path, max_jpeg_bytes(1, MAX_FRAME_PX, 3))
     except OSError as error:
         raise ValueError(f"{path.name} cannot be read: {error.strerror}.") from None
 

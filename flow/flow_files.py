@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 
 from flow.catalog import Lists, Video, walk
 from flow.image_sources import IMAGE_EXTENSIONS
-from flow.shard import check_video_id
+from flow.shard import check_class_name, check_video_id
 
 #: How names begin, before the number, and the kind of member that they are.
 FRAMES = {"img_": "rgb", "image_": "rgb", "frame_": "rgb", "frame": "rgb"}
@@ -120,7 +120,10 @@ def _video_id(root: Path, folder: Path, official: Mapping[str, str] | None) -> s
             f"{folder} lies in no class folder. Give the official lists as --splits, which tell the classes, or sort "
             f"the folders into class folders: Class/{name}."
         )
-    return name if official is None or "/" in name else official.get(name, name)
+    video_id = name if official is None or "/" in name else official.get(name, name)
+    if "/" in video_id:
+        check_class_name(PurePosixPath(video_id).parent.name)
+    return video_id
 
 
 def _digest(folder: Path, images: Sequence[str]) -> str:

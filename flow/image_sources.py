@@ -5,19 +5,21 @@ train-0007.tar: 000017.jpg, cls   id and class train-0007/000017, the number in 
 Archery/v_Archery_g01_c01.avi     a video, of which frames are taken
 """
 
-import sys
+import io
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, cast
 
 from flow.catalog import Video, list_videos, split_by_folder
-from flow.shard import check_video_id
+from flow.shard import MAX_CLASS_ID, check_class_name, check_video_id
+from flow.untrusted import MAX_JSON_BYTES, open_regular, read_lines
 from flow.video import VIDEO_EXTENSIONS
 
 IMAGE_EXTENSIONS = frozenset(".bmp .jpeg .jpg .png .ppm .tif .tiff .webp".split())
 TAR_KINDS = ("jpg", "jpeg", "png")
+_MAX_HEADER_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -56,9 +58,11 @@ def read_sources(
 
 
 def _class_names(path: Path) -> list[str]:
-    names = [line.strip() for line in path.read_text("utf-8").rstrip().splitlines()]
+    names = [line.strip() for line in "\n".join(read_lines(path, MAX_JSON_BYTES)).rstrip().splitlines()]
     if not names or not all(names) or len(set(names)) < len(names):
         raise ValueError(f"{path}: {len(names)} lines, {len(set(names) - {''})} names. Expected another in every line.")
+    for name in names:
+        check_class_name(name)
     return names
 
 
@@ -125,21 +129,34 @@ def read_tar(path: Path, names: list[str] | None, prefix: str = "") -> Iterator[
                 raise ValueError(f"sample {key!r} has {members}; expected cls and one of {', '.join(TAR_KINDS)}.")
             video_id = PurePosixPath(f"{prefix}{path.stem}/{key}").as_posix()  # without "./"
             check_video_id(video_id)
-            number = int(sample["cls"]) if sample["cls"].strip().isdigit() else -1
-            if not 0 <= number < (len(names) if names else sys.maxsize):
+            number = int(sample["cls"]) if len(sample["cls"]) <= 32 and sample["cls"].strip().isdigit() else -1
+            if not 0 <= number < (len(names) if names else MAX_CLASS_ID):
                 known = f"0..{len(names) - 1}, which --classes names" if names else "a number from 0"
-                raise ValueError(f"sample {key!r} has class {sample['cls']!r}; expected {known}.")
+                raise ValueError(f"sample {key!r} has class {sample['cls']!r:.40}; expected {known}.")
             offset, num_bytes = sample[kinds[0]]
             yield Source(video_id, names[number] if names else str(number), path, offset, num_bytes, number)
     except (ValueError, tarfile.TarError) as error:
         raise ValueError(f"{path}: {error.args[0]}") from None  # webdataset adds arguments of its own
+    except (RecursionError, OverflowError):  # in tarfile, of a chain of long names, and of numbers
+        raise ValueError(f"{path}: damaged: tar headers that none writes.") from None
+
+
+class _Headers(io.BufferedReader):
+    """A tar to read headers and labels from. A header may claim a name, or a label, of terabytes: memory would be taken
+    for it before the file is found to be shorter."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or not 0 <= size <= _MAX_HEADER_BYTES:
+            raise ValueError(f"a header or label claims {size} bytes, expected at most {_MAX_HEADER_BYTES:,}.")
+        return super().read(size)
 
 
 def _tar_files(path: Path) -> Iterator[dict[str, Any]]:
     """Members as `webdataset` groups them to samples; the data of an image are its (offset, size) in the tar."""
-    with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+    raw = cast(io.FileIO, open_regular(path, buffering=0))
+    with _Headers(raw) as file, tarfile.open(fileobj=file, mode="r:") as tar:
         for info in tar:
-            if info.isreg():
+            if info.isreg() and not info.issparse():
                 label = tar.extractfile(info) if info.name.lower().endswith(".cls") else None
                 data = (info.offset_data, info.size) if label is None else label.read()
                 yield {"fname": info.name, "data": data, "__url__": str(path)}

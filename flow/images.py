@@ -32,13 +32,14 @@ from flow.catalog import seeded_shards
 from flow.codec import Codec, decode_rgb
 from flow.fragment import FragmentReport, Totals, encode_frame, fragment_file, reason
 from flow.image_sources import Source, read_sources
-from flow.pool import default_num_workers
+from flow.pool import default_num_workers, interruptible
 from flow.resume import (
     BAD_NAME,
     WORK_FOLDER,
     PackReport,
     begin,
     clear,
+    explain,
     finish,
     input_digest,
     locked,
@@ -46,6 +47,7 @@ from flow.resume import (
     write_shards,
 )
 from flow.shard import Clip, Member, write_clip
+from flow.untrusted import MAX_IMAGE_BYTES, open_regular
 from flow.video import import_cv2, read_frames, resize
 
 #: Distance of the frames taken from a video.
@@ -197,9 +199,9 @@ def _images(source: Source, size_px: int, every: int | None) -> Iterator[tuple[s
 def read_image(source: Source, size_px: int) -> npt.NDArray[np.uint8]:
     """RGB image (H, W, 3) uint8 with min(H, W) = size_px. Raises ValueError if it cannot be used."""
     try:
-        with open(source.path, "rb") as file:
+        with open_regular(source.path) as file:
             file.seek(source.offset)
-            content = file.read(source.num_bytes)
+            content = file.read(min(source.num_bytes, MAX_IMAGE_BYTES))
     except OSError as error:
         raise ValueError(f"cannot be read: {error.strerror}") from None
     try:
@@ -264,24 +266,25 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     try:
-        report = pack_images(
-            options.train,
-            options.out,
-            val=options.val,
-            classes=options.classes,
-            size_px=options.size,
-            quality=options.quality,
-            every=options.every,
-            seed=options.seed,
-            per_shard=options.per_shard,
-            num_workers=options.workers,
-        )
+        with interruptible():
+            report = pack_images(
+                options.train,
+                options.out,
+                val=options.val,
+                classes=options.classes,
+                size_px=options.size,
+                quality=options.quality,
+                every=options.every,
+                seed=options.seed,
+                per_shard=options.per_shard,
+                num_workers=options.workers,
+            )
     except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {explain(error, options.out)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("Stopped. The same command goes on with the shards that are left.", file=sys.stderr)
-        return 130
+        return 128 + stop.args[0]
     figures, num_classes = report.dataset["summary"], len(report.dataset["classes"])
     if report.was_complete:
         print(f"{options.out} was complete: nothing to do.")

@@ -2,16 +2,21 @@
 
 The tars are the truth; the index is a cache, always built from them alone (`python -m flow.verify --rebuild-index`).
 
-    8 bytes "2STREAM1" | 8 bytes header length | JSON header | arrays, each aligned to 64 bytes
+    8 bytes "2STREAM2" | CRC-32 of JSON header, videos and names, u4 | length of the header, u4 | JSON header | arrays,
+    each aligned to 64 bytes
 
     videos   (num_videos,) VIDEO, sorted by id         names    uint8, the ids in UTF-8, one after the other
     rgb      (num_rows,) RGB_ENTRY                     dx, dy, and if packed bdx, bdy: (num_rows,) FIELD_ENTRY
 
-Frame t of a video is row `first_row + t` of every kind; a field that does not exist has size 0.
+Frame t of a video is row `first_row + t` of every kind; a field that does not exist has size 0. An entry's CRC-32 is
+that of the JPEG, going on over the entry's range and mean: what is read shows whether the entry is damaged, so that
+nobody has to read gigabytes of entries first.
 """
 
 import json
 import os
+import struct
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,10 +24,23 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from flow.shard import ENTRY, KINDS, ClipEntry, ShardError, publish, read_clips
+from flow.dataset import check_classes, check_shards
+from flow.shard import (
+    ENTRY,
+    GROUPS,
+    KINDS,
+    RGB_ENTRY,
+    ClipEntry,
+    ShardError,
+    check_video_id,
+    publish,
+    read_clips,
+)
+from flow.untrusted import MAX_FRAME_PX, MAX_JSON_BYTES, open_regular, parse_json
 
 INDEX_NAME = "index.bin"
-MAGIC = b"2STREAM1"
+MAGIC = b"2STREAM2"
+_HEAD = struct.Struct("<8sII")
 VIDEO = np.dtype(
     [
         ("name_at", "<u8"),
@@ -36,6 +54,7 @@ VIDEO = np.dtype(
     ]
 )
 Arrays = dict[str, npt.NDArray[Any]]
+_DTYPES: dict[str, np.dtype[Any]] = {"videos": VIDEO, "names": np.dtype(np.uint8), **ENTRY}
 
 
 def scan_shards(root: Path, progress: Callable[[Path], object] | None = None) -> tuple[dict[str, Any], Arrays]:
@@ -83,7 +102,22 @@ def scan_shards(root: Path, progress: Callable[[Path], object] | None = None) ->
                 if kind in clip.entries:
                     first, entries = clip.entries[kind]
                     arrays[kind][first_row + first : first_row + first + len(entries)] = entries
+        _extend_crc32(arrays[kind])
     return header, arrays
+
+
+def _extend_crc32(entries: npt.NDArray[Any]) -> None:
+    """Let the CRC-32 of entries (num_rows,), which is that of their JPEG, go on over their range and mean.
+
+    As `zlib.crc32(range_bytes(entry), crc32)` does it for one, byte by byte by the table, but for all at a time.
+    """
+    table = ~np.array([zlib.crc32(bytes([byte]), 0xFFFFFFFF) for byte in range(256)], np.uint32)
+    exists = entries["size"] > 0
+    ranges = entries.view(np.uint8).reshape(len(entries), -1)[:, RGB_ENTRY.itemsize :]
+    crc32 = ~entries["crc32"]
+    for byte in ranges.T:
+        crc32 = table[(crc32 ^ byte) & 0xFF] ^ (crc32 >> 8)
+    entries["crc32"] = np.where(exists, ~crc32, 0)
 
 
 def _videos(path: Path) -> Iterator[tuple[str, list[ClipEntry]]]:
@@ -123,9 +157,9 @@ def write_index(root: Path, header: dict[str, Any], arrays: Arrays) -> None:
         places[name] = {"offset": at, "count": len(array), "bytes": array.itemsize}
         at += array.nbytes + -array.nbytes % 64
     text = json.dumps({**header, "arrays": places}, ensure_ascii=False).encode()
-    text += b" " * (-(len(MAGIC) + 8 + len(text)) % 64)
+    text += b" " * (-(_HEAD.size + len(text)) % 64)
     with open(temporary, "wb") as file:
-        file.write(MAGIC + len(text).to_bytes(8, "little") + text)
+        file.write(_HEAD.pack(MAGIC, _table_crc32(text, arrays), len(text)) + text)
         for array in arrays.values():
             file.write(np.ascontiguousarray(array).view(np.uint8).data)
             file.write(bytes(-array.nbytes % 64))
@@ -134,38 +168,86 @@ def write_index(root: Path, header: dict[str, Any], arrays: Arrays) -> None:
     publish(temporary, path)
 
 
+def _table_crc32(text: bytes, arrays: Arrays) -> int:
+    return zlib.crc32(arrays["names"].data, zlib.crc32(arrays["videos"].view(np.uint8).data, zlib.crc32(text)))
+
+
 def load_index(root: Path) -> tuple[dict[str, Any], Arrays]:
     """Header and arrays of a folder's index; the arrays are memory mapped, read-only, and shared between processes.
 
-    Raises ShardError if the file is missing, damaged or of another version.
+    The header, `videos` and `names` are whole and fit each other; entries are checked where they are read.
+    Raises ShardError if the file is missing, damaged, of another version, or contradicts itself.
     """
     path = Path(root) / INDEX_NAME
     remedy = f"Rebuild it: `python -m flow.verify {root} --rebuild-index`."
     try:
-        content = np.memmap(path, np.uint8, mode="r")
+        with open_regular(path) as file:
+            content = np.memmap(file, np.uint8, mode="r")
     except (FileNotFoundError, ValueError) as error:
         raise ShardError(f"No index at {path} ({error}). {remedy}") from None
-    start = len(MAGIC) + 8
-    if content[: len(MAGIC)].tobytes() != MAGIC:
-        raise ShardError(f"{path} begins with {content[:8].tobytes()!r}, expected {MAGIC!r}. {remedy}")
-    body = start + int.from_bytes(content[len(MAGIC) : start].tobytes(), "little")
+    if (magic := content[: len(MAGIC)].tobytes()) != MAGIC:
+        raise ShardError(f"{path} begins with {magic!r}, expected {MAGIC!r}: no index, or an old one. {remedy}")
     try:
-        if body > len(content):
-            raise ValueError("it is cut off")
-        header = json.loads(content[start:body].tobytes())
-        arrays = {}
-        for name, place in header["arrays"].items():
-            dtype = {"videos": VIDEO, "names": np.dtype(np.uint8), **ENTRY}[name]
-            first, end = body + place["offset"], body + place["offset"] + place["count"] * dtype.itemsize
-            if not body <= first <= end <= len(content) or place["bytes"] != dtype.itemsize:
-                raise ValueError(f"array {name!r} lies outside the file")
-            arrays[name] = content[first:end].view(dtype)
-    except (ValueError, KeyError, TypeError) as error:
+        _, crc32, length = _HEAD.unpack_from(content.data)
+        if length > min(MAX_JSON_BYTES, len(content) - _HEAD.size):
+            raise ValueError(f"its header claims {length:,} bytes")
+        text, body = content[_HEAD.size : _HEAD.size + length].tobytes(), content[_HEAD.size + length :]
+        header = parse_json(text)
+        arrays = {kind: _array(body, header["arrays"][kind], _DTYPES[kind]) for kind in header["arrays"]}
+        if _table_crc32(text, arrays) != crc32:
+            raise ValueError("its tables have another CRC-32 than was written")
+        check_classes(header["classes"])
+        check_shards(header["shards"])
+        _check_tables(arrays, len(header["classes"]), len(header["shards"]))
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise ShardError(f"{path} is damaged: {error}. {remedy}") from None
     return header, arrays
 
 
+def _array(body: npt.NDArray[np.uint8], place: dict[str, Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """An array of the index, whose bytes begin with those of the first one."""
+    first, end = place["offset"], place["offset"] + place["count"] * dtype.itemsize
+    if not 0 <= first <= end <= len(body) or place["bytes"] != dtype.itemsize:
+        raise ValueError(f"an array of {place!r:.200} lies outside the file")
+    return body[first:end].view(dtype)
+
+
+def _check_tables(arrays: Arrays, num_classes: int, num_shards: int) -> None:
+    """Raise ValueError unless every video has its own names and rows, without a gap, and a class, shard and size."""
+    videos, names = arrays["videos"], arrays["names"]
+    num_rows = {len(table) for kind, table in arrays.items() if kind in KINDS}
+    if not len(videos):
+        raise ValueError("it holds no videos")
+    name_ends = np.cumsum(videos["name_bytes"], dtype=np.uint64)
+    row_ends = np.cumsum(videos["num_frames"], dtype=np.uint64)
+    conditions = {  # what would be wrong, and that it is not
+        "half a field": all(len({kind in arrays for kind in group}) == 1 for group in GROUPS),
+        "names": np.array_equal(videos["name_at"], name_ends - videos["name_bytes"]) and name_ends[-1] == len(names),
+        "rows": np.array_equal(videos["first_row"], row_ends - videos["num_frames"])
+        and num_rows == {int(row_ends[-1])},
+        "empty names or videos": (videos["name_bytes"] > 0).all() and (videos["num_frames"] > 0).all(),
+        "classes": (videos["label"] >= 0).all() and (videos["label"] < num_classes).all(),
+        "shards": (videos["shard"] >= 0).all() and (videos["shard"] < num_shards).all(),
+        "frame sizes": (videos["height"] > 0).all()
+        and (videos["width"] > 0).all()
+        and (videos["height"].astype(np.uint64) * videos["width"] <= MAX_FRAME_PX).all(),
+    }
+    if broken := [what for what, holds in conditions.items() if not holds]:
+        raise ValueError(f"its tables contradict each other: {', '.join(broken)}")
+
+
+def decode_names(names: npt.NDArray[np.uint8], videos: npt.NDArray[Any]) -> list[str]:
+    """Ids of some videos. Raises ShardError for one that no pack writes."""
+    places = zip(videos["name_at"].tolist(), videos["name_bytes"].tolist(), strict=True)
+    try:
+        ids = [bytes(names.data[at : at + size]).decode() for at, size in places]
+        for video_id in ids:
+            check_video_id(video_id)
+    except ValueError as error:
+        raise ShardError(f"A name in the index is none: {error}") from None
+    return ids
+
+
 def video_ids(arrays: Arrays) -> list[str]:
     """Ids of all videos, in the order of the rows."""
-    names = arrays["names"].tobytes()
-    return [names[at : at + size].decode() for at, size in arrays["videos"][["name_at", "name_bytes"]].tolist()]
+    return decode_names(arrays["names"], arrays["videos"])

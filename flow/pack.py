@@ -19,12 +19,14 @@ from flow.devices import count_gpus, count_workers, prove
 from flow.extract import DEFAULT_METHOD, FLOW_METHODS, GPU_METHODS, flow_method
 from flow.flow_dirs import EXTERNAL, describe_files, pack_flow_dirs
 from flow.fragment import FragmentTask, Totals, write_fragment
+from flow.pool import interruptible
 from flow.resume import (
     BAD_NAME,
     WORK_FOLDER,
     PackReport,
     begin,
     clear,
+    explain,
     finish,
     input_digest,
     locked,
@@ -287,13 +289,14 @@ def _parameter(option: str) -> tuple[str, Any]:
 def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     try:
-        report = _pack_flow_dirs(options, argv) if options.flow_dir else _pack_videos(options)
+        with interruptible():
+            report = _pack_flow_dirs(options, argv) if options.flow_dir else _pack_videos(options)
     except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {explain(error, options.out)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("Stopped. The same command goes on with the shards that are left.", file=sys.stderr)
-        return 130
+        return 128 + stop.args[0]
     print(_describe(report, options.out))
     return int(bool(report.bad) and not options.skip_bad or bool(report.missing) and options.strict)
 

@@ -12,6 +12,7 @@ OUT/.pack/shard-000000.json   a finished shard: size, hash, totals, bad items
 OUT/.pack/run-*/              fragments of the shards in work; of no use to the next run
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -19,7 +20,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -32,9 +33,19 @@ from flow.fragment import FragmentReport, Totals, reason
 from flow.index import build_index, load_index, video_ids
 from flow.pool import run_pool
 from flow.shard import FORMAT_VERSION, commit_shard, shard_name, write_bytes, write_json
+from flow.untrusted import read_json
 
 WORK_FOLDER = ".pack"
 BAD_NAME = "bad_videos.txt"
+
+#: What stops every write, and is no video's fault, with what to do about it.
+_DISK_ERRORS = {
+    errno.ENOSPC: "Make space",
+    errno.EDQUOT: "Make space, or have the quota raised",
+    errno.EFBIG: "Raise the limit (ulimit -f)",
+    errno.EROFS: "Make it writable",
+    errno.EIO: "Check the disk",
+}
 
 _DEATH = "ends the process that packs it: crashed in the decoder or the flow method, or killed"
 
@@ -90,8 +101,18 @@ def locked(work: Path) -> Iterator[None]:
         try:
             yield
         finally:
+            sweep(work)  # on a full disk, what is of no use to the next run makes room
             if os.listdir(work) == ["lock"]:  # the pack is complete, or was refused
                 shutil.rmtree(work)
+
+
+def sweep(work: Path) -> None:
+    """Remove what a run that was stopped has left half done."""
+    for fragments in work.glob("run-*"):
+        shutil.rmtree(fragments, ignore_errors=True)  # a process of a killed pack may still be dying in there
+    with suppress(OSError):  # a disk that refuses this says so at the next write
+        for stray in [*work.glob("*.tmp"), *work.parent.glob("shard-*.tar.tmp")]:
+            stray.unlink()
 
 
 def clear(work: Path) -> None:
@@ -110,16 +131,15 @@ def begin(out: Path, settings: dict[str, Any]) -> bool:
     """Start, or go on. Returns whether the pack is complete already. Raises ValueError if it had other settings."""
     work = out / WORK_FOLDER
     if (out / "dataset.json").exists():
-        compare_settings(out, json.loads((out / "dataset.json").read_text("utf-8")), settings)
+        compare_settings(out, _read_table(out / "dataset.json"), settings)
         return True
     if (work / "settings.json").exists():
-        compare_settings(out, json.loads((work / "settings.json").read_text("utf-8")), settings)
+        compare_settings(out, _read_table(work / "settings.json"), settings)
     elif any(out.glob("shard-*.tar")):
         raise ValueError(f"{out} holds shards of no pack that could go on: no dataset.json. Choose another --out.")
     else:
         write_json(work / "settings.json", settings)
-    for stray in [*work.glob("run-*"), *work.glob("*.tmp"), *out.glob("shard-*.tar.tmp")]:
-        shutil.rmtree(stray) if stray.is_dir() else stray.unlink()
+    sweep(work)
     return False
 
 
@@ -139,7 +159,29 @@ def _differing(before: dict[str, Any], now: dict[str, Any], prefix: str = "") ->
         if isinstance(old, dict) and isinstance(new, dict):
             yield from _differing(old, new, f"{prefix}{key}.")
         elif old != new:
-            yield f"{prefix}{key}: {old!r} before, {new!r} now"
+            yield f"{prefix}{key}: {old!r:.200} before, {new!r:.200} now"
+
+
+def _read_table(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises FileNotFoundError, and ValueError for anything else."""
+    try:
+        content = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}. Choose another --out, or take this folder away.") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: expected a JSON object. Choose another --out, or take this folder away.")
+    return content
+
+
+def explain(error: Exception, out: Path) -> str:
+    """What ended a pack, in one line; where the disk did, what to do."""
+    remedy = _DISK_ERRORS.get(error.errno or 0) if isinstance(error, OSError) else None
+    if not isinstance(error, OSError) or remedy is None:
+        return str(error)
+    return (
+        f"{error.filename or out}: {error.strerror}. {remedy}; what is finished is safe, and the same command goes on "
+        "with the shards that are left."
+    )
 
 
 def state_path(out: Path, number: int) -> Path:
@@ -149,10 +191,25 @@ def state_path(out: Path, number: int) -> Path:
 def is_finished(out: Path, number: int) -> bool:
     """Whether a shard is noted as finished, and its file is still there in its full size."""
     try:
-        shard = json.loads(state_path(out, number).read_text("utf-8"))["shard"]
+        shard = _read_state(out, number)["shard"]
         return shard is None or (out / shard["name"]).stat().st_size == shard["bytes"]
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):  # a damaged note: the shard is written again
         return False
+
+
+def _read_state(out: Path, number: int) -> dict[str, Any]:
+    """The note of a finished shard. Raises FileNotFoundError, and ValueError if it is none."""
+    state = _read_table(state_path(out, number))
+    try:
+        Totals(**state["totals"])
+        shard = state["shard"]
+        sound = shard is None or (shard["name"] == shard_name(number) and type(shard["bytes"]) is int)
+        sound &= isinstance(state["bad"], dict) and (shard is None or isinstance(shard["sha256"], str))
+    except (KeyError, TypeError):
+        sound = False
+    if not sound:
+        raise ValueError(f"{state_path(out, number)} is damaged. Take it away, and run the command again.")
+    return state
 
 
 # --- shards ------------------------------------------------------------------------------------------------------
@@ -189,19 +246,20 @@ def write_shards(
         while runs:
             tasks = (make_task(path, shards[number][at.start : at.stop]) for path, (number, at) in runs.items())
             crashed: dict[Path, tuple[int, range]] = {}
-            for task, report in run_pool(write, tasks, num_workers, check and partial(_failed, check)):
-                number, places = runs[task.fragment]
-                report = report or FragmentReport(failure=_DEATH)
-                if report.failure and len(places) > 1:
-                    crashed |= _cut(run, number, places, 1)
-                    continue
-                if report.failure:
-                    report = FragmentReport(bad={shards[number][places[0]].video_id: report.failure})
-                reports[number][task.fragment] = report
-                bar.update(len(places))
-                left[number] -= len(places)
-                if not left[number]:
-                    _commit(out, number, reports.pop(number))
+            with closing(run_pool(write, tasks, num_workers, check and partial(_failed, check))) as results:
+                for task, report in results:
+                    number, places = runs[task.fragment]
+                    report = report or FragmentReport(failure=_DEATH)
+                    if report.failure and len(places) > 1:
+                        crashed |= _cut(run, number, places, 1)
+                        continue
+                    if report.failure:
+                        report = FragmentReport(bad={shards[number][places[0]].video_id: report.failure})
+                    reports[number][task.fragment] = report
+                    bar.update(len(places))
+                    left[number] -= len(places)
+                    if not left[number]:
+                        _commit(out, number, reports.pop(number))
             runs = crashed
 
 
@@ -252,7 +310,7 @@ def finish(
     summarise(totals, bytes of all shards): what dataset.json says under "summary", besides the number of bad items.
     Raises ValueError if nothing could be packed.
     """
-    states = [json.loads(state_path(out, number).read_text("utf-8")) for number in range(num_shards)]
+    states = [_read_state(out, number) for number in range(num_shards)]
     bad = {item: reason for state in states for item, reason in state["bad"].items()}
     write_lines(out / BAD_NAME, [f"{item}\t{bad[item]}" for item in sorted(bad)])
     totals = Totals()
@@ -291,7 +349,7 @@ def read_report(out: Path, **more: Any) -> PackReport:
     path = out / BAD_NAME
     lines = path.read_text("utf-8").splitlines() if path.exists() else []
     bad = dict(line.split("\t", 1) for line in lines)
-    return PackReport(json.loads((out / "dataset.json").read_text("utf-8")), bad, **more)
+    return PackReport(_read_table(out / "dataset.json"), bad, **more)
 
 
 def write_lines(path: Path, lines: Sequence[str], keep: bool = False) -> None:

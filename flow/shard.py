@@ -26,14 +26,19 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from flow.untrusted import MAX_FRAME_PX, open_regular, parse_json
+
 FORMAT_VERSION = 1
 CLIP_FRAMES = 64
+#: Largest number that a data set's authors may give a class.
+MAX_CLASS_ID = (1 << 31) - 1
 
 #: Member kinds in the order in which a clip holds them; kinds of one group alternate.
 GROUPS = (("rgb",), ("dx", "dy"), ("bdx", "bdy"))
 KINDS = tuple(kind for group in GROUPS for kind in group)
 
-#: Where a member lies in its shard, and what its bytes must be; fields also have the range and mean, in px/frame.
+#: Where a member lies in its shard, and what its bytes must be; fields also have the range and mean, in px/frame. The
+#: CRC-32 is that of the JPEG in a clip's JSON; in the index it goes on over the entry's `range_bytes`.
 RGB_ENTRY = np.dtype([("offset", "<u8"), ("size", "<u4"), ("crc32", "<u4")])
 FIELD_ENTRY = np.dtype([*RGB_ENTRY.descr, ("lo", "<f4"), ("hi", "<f4"), ("mean", "<f4")])
 ENTRY = {kind: RGB_ENTRY if kind == "rgb" else FIELD_ENTRY for kind in KINDS}
@@ -41,6 +46,9 @@ ENTRY = {kind: RGB_ENTRY if kind == "rgb" else FIELD_ENTRY for kind in KINDS}
 _BLOCK = tarfile.BLOCKSIZE
 _MAX_JSON_BYTES = 1 << 20
 _MAX_NAME_BYTES = 4096
+_MAX_CLASS_CHARS = 255
+_NO_NAME = re.compile(r"[\x00-\x1f\x7f\\\ud800-\udfff]")
+_MAX_FLOAT32 = float(np.finfo(np.float32).max)
 
 
 class ShardError(ValueError):
@@ -94,7 +102,7 @@ def check_video_id(video_id: str) -> None:
     if len(video_id.encode("utf-8", "surrogateescape")) > 3000:
         raise ValueError(f"Video id {video_id[:60]!r}...: longer than 3,000 bytes. Shorten the file's path.")
     for part in parts:
-        if part in ("", ".", "..") or part.startswith(".") or re.search(r"[\x00-\x1f\x7f\\\ud800-\udfff]", part):
+        if not part or part.startswith(".") or _NO_NAME.search(part):
             raise ValueError(
                 f"Video id {video_id!r}: part {part!r} is empty, begins with a dot, or holds a backslash, a control "
                 "character or bytes that are not UTF-8. Rename the file."
@@ -103,6 +111,15 @@ def check_video_id(video_id: str) -> None:
             raise ValueError(
                 f"Video id {video_id!r}: WebDataset readers skip names like {part!r}, of the form __x__. Rename it."
             )
+
+
+def check_class_name(name: str) -> None:
+    """Refuse class names that cannot be printed on one line and drawn. ValueError."""
+    if not name.isprintable() or not 1 <= len(name) <= _MAX_CLASS_CHARS:
+        raise ValueError(
+            f"Class {name[:60]!r} has {len(name)} characters; expected 1 to {_MAX_CLASS_CHARS}, all printable. "
+            "Rename it."
+        )
 
 
 def shard_name(number: int) -> str:
@@ -245,8 +262,8 @@ def _tar_members(path: Path) -> Iterator[tuple[str, int, int, BinaryIO]]:
 
     Unlike `tarfile`, which takes a damaged header for the end of the archive, this raises ShardError.
     """
-    total = path.stat().st_size
-    with open(path, "rb", buffering=_BLOCK * 8) as file:
+    with _open_shard(path) as file:
+        total = os.fstat(file.fileno()).st_size
         name, at = None, 0
         while True:
             file.seek(at)
@@ -265,12 +282,19 @@ def _tar_members(path: Path) -> Iterator[tuple[str, int, int, BinaryIO]]:
                 )
             if info.type == tarfile.GNUTYPE_LONGNAME and info.size <= _MAX_NAME_BYTES:
                 name = file.read(info.size).rstrip(b"\0").decode("utf-8", "replace")
-            elif info.isreg():
+            elif info.type in (tarfile.REGTYPE, tarfile.AREGTYPE):  # not a sparse file, which isreg() is, too
                 yield name or info.name, content, info.size, file
                 name = None
             else:
                 raise ShardError(f"{path.name}: {info.name} at offset {at} is no plain file; shards hold only those.")
             at = content + info.size + -info.size % _BLOCK
+
+
+def _open_shard(path: Path) -> BinaryIO:
+    try:
+        return open_regular(path, buffering=_BLOCK * 8)
+    except ValueError as error:
+        raise ShardError(str(error)) from None
 
 
 def _read_clip_json(
@@ -281,10 +305,11 @@ def _read_clip_json(
         raise ShardError(f"{where}, {size} bytes, where a clip's JSON was expected. Pack the set again.")
     file.seek(offset)
     try:
-        content = json.loads(file.read(size))
+        content = parse_json(file.read(size))
         version, columns = content.pop("format_version"), content.pop("members")
         header = ClipHeader(**content)
         check_video_id(header.video_id)
+        check_class_name(header.class_name)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ShardError(f"{where}: the clip's JSON is damaged ({error}).") from None
     if version != FORMAT_VERSION:
@@ -298,13 +323,14 @@ def _check_header(where: str, name: str, header: ClipHeader, columns: Any) -> No
     integers = (header.first_frame, header.num_frames, header.height, header.width)
     sound = (
         all(type(value) is int for value in integers)
-        and isinstance(header.class_name, str)
         and type(header.is_last) is bool
-        and header.first_frame >= 0
+        and (header.class_id is None or (type(header.class_id) is int and 0 <= header.class_id <= MAX_CLASS_ID))
+        and 0 <= header.first_frame < 1 << 31
         and header.first_frame % CLIP_FRAMES == 0
         and 1 <= header.num_frames <= CLIP_FRAMES
-        and 1 <= header.height <= 65535
-        and 1 <= header.width <= 65535
+        and 1 <= header.height
+        and 1 <= header.width
+        and header.height * header.width <= MAX_FRAME_PX
         and name == member_name(header.video_id, header.first_frame // CLIP_FRAMES)
         and isinstance(columns, dict)
         and all(
@@ -331,8 +357,11 @@ def _sound_column(kind: str, column: Any, header: ClipHeader) -> bool:
         and header.first_frame <= column["first"]
         and column["first"] + len(lists[0]) <= header.first_frame + header.num_frames
         and all(type(v) is int and 0 <= v < 1 << 32 for key in ("size", "crc32") for v in column[key])
-        and all(
-            isinstance(v, (int, float)) and np.isfinite(v) for key in keys & {"lo", "hi", "mean"} for v in column[key]
+        and 0 not in column["size"]
+        and all(  # finite also as float32; NaN is not smaller than anything
+            type(v) in (int, float) and abs(v) <= _MAX_FLOAT32
+            for key in keys & {"lo", "hi", "mean"}
+            for v in column[key]
         )
     )
 
@@ -344,26 +373,31 @@ def _entries(kind: str, column: dict[str, Any]) -> npt.NDArray[Any]:
     return array
 
 
-def read_member(path: Path, offset: int, size: int, crc32: int, name: str) -> bytes:
-    """Bytes of one member, checked. Raises ShardError naming shard, member and offset."""
-    with open(path, "rb") as file:
+def read_member(path: Path, entry: np.void, name: str) -> bytes:
+    """Bytes of the member that an entry of the index stands for, checked. Raises ShardError as `damage` says it."""
+    offset, size = int(entry["offset"]), int(entry["size"])
+    with _open_shard(path) as file:
         file.seek(offset)
         content = file.read(size)
-    check_member(content, size, crc32, path.name, name, offset)
+    if wrong := damage(content, size, int(entry["crc32"]), range_bytes(entry)):
+        raise ShardError(f"{path.name}: {name} at offset {offset}: {wrong}")
     return content
 
 
-def check_member(content: bytes | memoryview, size: int, crc32: int, shard: str, name: str, offset: int) -> None:
-    """Raise ShardError unless the content is what was written."""
-    if wrong := damage(content, size, crc32):
-        raise ShardError(f"{shard}: {name} at offset {offset}: {wrong}")
+def range_bytes(entry: np.void) -> bytes:
+    """Range and mean of an index entry as they are stored; nothing for an RGB frame's."""
+    return entry.tobytes()[RGB_ENTRY.itemsize :]
 
 
-def damage(content: bytes | memoryview, size: int, crc32: int) -> str:
-    """What is wrong with a member's bytes; empty if they are what was written."""
-    if len(content) == size and zlib.crc32(content) == crc32:
+def damage(content: bytes | memoryview, size: int, crc32: int, ranges: bytes = b"") -> str:
+    """What is wrong with a member's bytes, and with its `range_bytes`; empty if they are what was written.
+
+    crc32: of the content, going on over the ranges.
+    """
+    found = zlib.crc32(ranges, zlib.crc32(content))
+    if len(content) == size and found == crc32:
         return ""
     return (
-        f"damaged, {len(content)} of {size} bytes with CRC-32 {zlib.crc32(content):08x} where {crc32:08x} was written. "
+        f"damaged, {len(content)} of {size} bytes with CRC-32 {found:08x} where {crc32:08x} was written. "
         "Restore the shard from a copy, or pack the set again."
     )

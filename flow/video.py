@@ -10,16 +10,25 @@ import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
+
+from flow.untrusted import MAX_FRAME_PX, MAX_IMAGE_PX, open_regular
 
 VIDEO_EXTENSIONS = frozenset(
     ".3gp .asf .avi .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .vob .webm .wmv".split()
 )
 
+#: What FFmpeg may open: the containers of those files, and of protocols none that leads to anything else. Or a playlist
+#: by the name of x.avi would have it read other files, or the network.
+_FFMPEG_OPTIONS = "protocol_whitelist;file|format_whitelist;asf,avi,flv,m4v,matroska,mov,mpeg,mpegts,mpegvideo,ogg"
+
 Frame = npt.NDArray[np.uint8]
+
+
+_TOO_LARGE = f"has too large frames: expected at most {MAX_FRAME_PX:,} px"
 
 
 class VideoError(ValueError):
@@ -31,6 +40,8 @@ def import_cv2() -> ModuleType:
     # FFmpeg reports every concealed error on stderr, in the middle of progress bars; we report damage ourselves.
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(MAX_IMAGE_PX))  # read when it is loaded
+    os.environ["OPENCV_FFMPEG_CAPTURE_OPTIONS"] = _FFMPEG_OPTIONS  # read when a video is opened
     try:
         import cv2
     except ImportError as error:
@@ -45,7 +56,8 @@ def import_cv2() -> ModuleType:
 def resize(frame: Frame, size_px: int) -> Frame:
     """Scale an image (H, W[, 3]) so that min(H, W) = size_px; the other side keeps the aspect, to the nearest pixel.
 
-    Shrinks by area averaging, which keeps fine texture from aliasing into false motion, and enlarges bilinearly.
+    Shrinks by area averaging, which keeps fine texture from aliasing into false motion, and enlarges bilinearly. Raises
+    VideoError if more than MAX_FRAME_PX come of it.
     """
     height, width = frame.shape[:2]
     short_px = min(height, width)
@@ -53,6 +65,8 @@ def resize(frame: Frame, size_px: int) -> Frame:
         return frame
     cv2 = import_cv2()
     size = (max(1, round(width * size_px / short_px)), max(1, round(height * size_px / short_px)))
+    if size[0] * size[1] > MAX_FRAME_PX:
+        raise VideoError(f"of {width}x{height} px is too long: scaled to {size_px} px it has {size[0]}x{size[1]} px")
     method = cv2.INTER_AREA if short_px > size_px else cv2.INTER_LINEAR
     return np.asarray(cv2.resize(frame, size, interpolation=method), np.uint8)
 
@@ -66,8 +80,9 @@ def to_grey(frame: Frame) -> Frame:
 def read_frames(path: Path, size_px: int | None = None) -> Iterator[Frame]:
     """Stream the frames of a video: RGB (H, W, 3) uint8 with min(H, W) = size_px, or as stored for None.
 
-    Raises VideoError if the file cannot be opened, is cut off or damaged, holds fewer than two frames, or changes its
-    size on the way. Some of that shows only at the end: frames that came before an error are not to be used.
+    Raises VideoError if the file cannot be opened, is cut off or damaged, holds fewer than two frames, changes its size
+    on the way or has too large frames, and ValueError if it is no regular file. Some of that shows only at the end:
+    frames that came before an error are not to be used.
 
     FFmpeg conceals damage; what can be seen is a container that claims more bytes than the file has (AVI, MP4, MOV),
     frames after one that failed, and in AVI files a broken chain of chunks or fewer frames than packets. A change of
@@ -76,8 +91,7 @@ def read_frames(path: Path, size_px: int | None = None) -> Iterator[Frame]:
     cv2 = import_cv2()
     _check_container(path)
     num_packets = _check_packets(path)
-    # One thread: the pool runs one process per core. The absolute path is never taken for a URL.
-    capture = cv2.VideoCapture(str(path.absolute()), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
+    capture = _open(path, [cv2.CAP_PROP_N_THREADS, 1])  # one thread: the pool runs one process per core
     try:
         if not capture.isOpened():
             raise VideoError("cannot be opened: no video that OpenCV's FFmpeg reads")
@@ -101,6 +115,18 @@ def read_frames(path: Path, size_px: int | None = None) -> Iterator[Frame]:
         raise VideoError(f"is damaged: {num_frames} frames could be decoded of {num_packets} packets")
     if num_frames < 2:
         raise VideoError(f"has {num_frames} frame(s); a displacement field needs two")
+
+
+def _open(path: Path, options: list[int]) -> Any:
+    """A cv2.VideoCapture. Raises VideoError for frames that are too large, before one is read."""
+    cv2 = import_cv2()
+    # The absolute path is never taken for a URL.
+    capture = cv2.VideoCapture(str(path.absolute()), cv2.CAP_FFMPEG, options)
+    height, width = int(capture.get(cv2.CAP_PROP_FRAME_HEIGHT)), int(capture.get(cv2.CAP_PROP_FRAME_WIDTH))
+    if height * width > MAX_FRAME_PX:
+        capture.release()
+        raise VideoError(f"{_TOO_LARGE}, its header claims {width}x{height} px")
+    return capture
 
 
 def write_video(path: Path, frames: Iterable[Frame], fps: float = 25.0, quality: int = 95) -> None:
@@ -135,8 +161,8 @@ def write_video(path: Path, frames: Iterable[Frame], fps: float = 25.0, quality:
 def _check_container(path: Path) -> None:
     """Raise VideoError if the file is shorter than its outermost RIFF chunk (AVI) or boxes (MP4, MOV) claim."""
     try:
-        total = path.stat().st_size
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
+            total = os.fstat(file.fileno()).st_size
             start = file.read(12)
             if start[:4] == b"RIFF":
                 claimed = _riff_bytes(file, total)
@@ -195,8 +221,7 @@ def _box_bytes(file: BinaryIO, total: int) -> int:
 
 def _check_packets(path: Path) -> int:
     """Count the packets of the video stream, without decoding; raise VideoError if they code frames of two sizes."""
-    cv2 = import_cv2()
-    capture = cv2.VideoCapture(str(path.absolute()), cv2.CAP_FFMPEG, [cv2.CAP_PROP_FORMAT, -1])
+    capture = _open(path, [import_cv2().CAP_PROP_FORMAT, -1])
     num_packets, first = 0, None
     try:
         while capture.isOpened():
@@ -205,6 +230,8 @@ def _check_packets(path: Path) -> int:
                 break
             size = _packet_size(packet.ravel())
             first = first or size
+            if size and size[0] * size[1] > MAX_FRAME_PX:
+                raise VideoError(f"{_TOO_LARGE}, packet {num_packets} claims {size[1]}x{size[0]} px")
             if size and first and size != first:
                 raise VideoError(
                     f"changes size from {first[1]}x{first[0]} to {size[1]}x{size[0]} px at packet {num_packets}"

@@ -15,19 +15,20 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from flow.shard import ShardError
 from loaders import pipeline as graphs
 from loaders.batch import Batch, StreamSpec
+from loaders.damage import Replacements, read_request
 from loaders.draw import Draw, Ints, check_batch_size, population, rank_slots, slot_draws
 from loaders.graph import FedGraph, InUse, to_device
 from loaders.index import Index
 from loaders.inputs import request_inputs, stack_inputs
 from loaders.pipeline import Graph
 from loaders.probe import choose_graph, samples_per_s
-from loaders.reader import Reader, Request, requests
+from loaders.reader import Reader
 from loaders.region import Patch, crops, largest_patch, reachable, stored_patch, whole_frames
+from loaders.request import Request, requests
 from loaders.rescale import settled, stored_sizes
-from loaders.source import Source
+from loaders.source import SampleError, Source
 from loaders.trajectory import cut_view, stack_crops, stack_frames
 from loaders.views import VIEWS, enumerate_views, num_view_batches
 from loaders.windows import WindowPool, cut_stacks, to_inputs
@@ -50,12 +51,16 @@ class DaliLoader:
         start_step: int = 0,
         num_batches: int | None = None,
         num_left_out: int = 0,
+        timeout_s: float = 300.0,
+        replacements: Replacements | None = None,
     ):
         self._source, self._spec, self._graph = source, source.spec, graph
         self._num_batches = num_batches
         self.num_left_out = num_left_out
         views = num_batches is not None
-        self._reader = Reader(source, requests(draws, self._spec, start_step, views))
+        asked = requests(draws, self._spec, start_step, views)
+        self._reader = Reader(source, asked, timeout_s=timeout_s, replacements=replacements)
+        self._replacements = replacements
         self._batches: Iterator[Batch] = iter(())
         self._in_use = InUse(graph.device)
         self._views = views
@@ -77,6 +82,11 @@ class DaliLoader:
                 self._graphs.append(self._stacker)
                 self._make = self._make_by_stacker
 
+    @property
+    def num_replaced(self) -> int:
+        """Damaged samples, or windows, that were replaced so far, also in batches that are only read ahead yet."""
+        return self._replacements.num_replaced if self._replacements else 0
+
     def __len__(self) -> int:
         """Batches of a test loader, ten for each batch of (video, tau) pairs."""
         if self._num_batches is None:
@@ -87,7 +97,11 @@ class DaliLoader:
         return self
 
     def __next__(self) -> Batch:
-        """The next batch. Raises ShardError if a member is damaged; the loader is of no further use then."""
+        """The next batch.
+
+        Raises SampleError if a member is damaged, and ShardError if more were than may be replaced; TimeoutError if its
+        bytes do not come. The loader keeps its place: asked again, it tries to make the same batch.
+        """
         self._in_use.keep_delivered()
         while (batch := next(self._batches, None)) is None:
             self._batches = self._make()
@@ -100,7 +114,11 @@ class DaliLoader:
         return iter([self._batch(request.draw, _as_torch(output)) for output in outputs])
 
     def _make_by_stacker(self) -> Iterator[Batch]:
-        (output,), (draw, codes) = self._stacker.run()
+        try:
+            (output,), (draw, codes) = self._stacker.run()
+        except Exception:
+            self._stacker.restart(refeed=True)
+            raise
         self._codes.append(codes)
         return iter([self._batch(draw, _as_torch(output))])
 
@@ -133,13 +151,33 @@ class DaliLoader:
         return images.view(-1, self._spec.num_channels, *images.shape[1:3])
 
     def _decode(self) -> tuple[Any, Request]:
-        """Outputs of the first graph, and the request they answer."""
-        try:
-            outputs, (request, encoded) = self._decoder.run()
-        except RuntimeError as error:
-            raise self._explained(error) from error
-        self._source.release(encoded)
-        return outputs, request
+        """Outputs of the first graph, and the request they answer. After an error the same request is next again."""
+        while True:
+            try:
+                outputs, (request, encoded) = self._decoder.run()
+            except StopIteration:
+                raise
+            except Exception as error:
+                undecodable = self._undecodable(error)
+                inside = self._restart_decoder()
+                if undecodable is None:
+                    raise
+                if self._replacements is None:
+                    raise undecodable from error
+                self._replacements.draw_others(inside[0], undecodable)
+            else:
+                self._source.release(encoded)
+                return outputs, request
+
+    def _restart_decoder(self) -> list[Request]:
+        """Build the decoding graph anew. The batches inside, the oldest first, will be made again."""
+        self._in_use.close()
+        inside = self._decoder.restart(refeed=False)
+        for _, encoded in inside:
+            self._source.release(encoded)
+        again = [request for request, _ in inside]
+        self._reader.put_back(again)
+        return again
 
     def _feed(self) -> tuple[tuple[Any, ...], Any]:
         request, encoded = self._reader.take()
@@ -178,19 +216,20 @@ class DaliLoader:
             draw=draw,
         )
 
-    def _explained(self, error: RuntimeError) -> Exception:
-        """A decoder's complaint about image i of a flat batch, as the member that it is."""
-        found = re.search(r"Failed to decode sample #(\d+)", str(error))
+    def _undecodable(self, error: Exception) -> SampleError | None:
+        """A decoder's complaint about image i of a flat batch, as the member that it is; None for any other error."""
+        found = re.search(r"Failed to decode sample #(\d+)", str(error)) if isinstance(error, RuntimeError) else None
         if not found:
-            return error
+            return None
         inputs, (request, _) = self._decoder.failing
         numbers = [np.arange(len(inputs[0]))]
         if self._graph.decoder == "shared":  # each decoder counts its own images, and which one complains is not said
             numbers = [np.flatnonzero(inputs[1]), np.flatnonzero(~inputs[1])]
-        image = int(found.group(1))
-        places = [self._where(request, int(its[image])) for its in numbers if image < len(its)]
-        return ShardError(
-            f"{' or '.join(places)}: no decodable JPEG, though its bytes are what was packed. Pack the set again."
+        images = [int(its[int(found.group(1))]) for its in numbers if int(found.group(1)) < len(its)]
+        runs = tuple(image // (request.steps * len(self._spec.kinds)) for image in images)
+        places = [self._where(request, image) for image in images]
+        return SampleError(
+            f"{' or '.join(places)}: no decodable JPEG, though its bytes are what was packed. Pack the set again.", runs
         )
 
     def _where(self, request: Request, image: int) -> str:
@@ -225,7 +264,13 @@ def _decoding(source: Source, views: bool) -> Callable[..., Any]:
 
 
 def _choose_graph(
-    source: Source, draws: Iterator[Draw], views: bool, device: str, num_threads: int, decoder: str
+    source: Source,
+    draws: Iterator[Draw],
+    views: bool,
+    device: str,
+    num_threads: int,
+    decoder: str,
+    replacements: Replacements | None = None,
 ) -> tuple[Graph, Iterator[Draw]]:
     """The graph to take, measured on the first batch; and the draws, that one too."""
     first = next(draws)
@@ -233,7 +278,7 @@ def _choose_graph(
 
     def measure(graph: Graph) -> float:
         (request,) = requests(iter([first]), source.spec, 0, views)
-        encoded = source.read(request.video, request.tau, request.steps)
+        request, encoded = read_request(source, request, replacements)
         fed = request_inputs(request, encoded, source, graph, views)
         return samples_per_s(make(source.spec, graph, len(first), lambda: fed), len(first))
 
@@ -269,7 +314,9 @@ def train_loader(
 
     rows: the training list, rows of the index. batch_size: of the *global* batch; each rank gets its share of it,
     batch_size // world_size samples, or those that `slots` says, (begin, end). decoder: as in `probe.choose_graph`.
-    graph: overrides device, num_threads and decoder.
+    graph: overrides device, num_threads and decoder. timeout_s: longest wait for a batch's bytes.
+    on_damage: "raise"; or "skip", which replaces a damaged sample by another draw of its class, logs and counts it, and
+    raises when more than max_damaged_pct of the samples, counted from a thousand on, were replaced.
     Raises ValueError if the ranks cannot share the batch, or no video fits.
     """
     spec = settled(spec, index, rows)
@@ -278,8 +325,11 @@ def train_loader(
     slots = slots or rank_slots(rank, world_size, batch_size)
     draws = slot_draws(videos, spec, seed=seed, batch_size=batch_size, slots=slots, start_step=start_step)
     source = Source(index, spec)
+    replacements = None
+    if on_damage == "skip":
+        replacements = Replacements(videos, spec, seed=seed, first_slot=slots[0], max_damaged_pct=max_damaged_pct)
     if graph is None:
-        graph, draws = _choose_graph(source, draws, False, device, num_threads, decoder)
+        graph, draws = _choose_graph(source, draws, False, device, num_threads, decoder, replacements)
     return DaliLoader(
         source,
         draws,
@@ -288,6 +338,8 @@ def train_loader(
         rows=rows,
         start_step=start_step,
         num_left_out=videos.num_left_out,
+        timeout_s=timeout_s,
+        replacements=replacements,
     )
 
 
@@ -309,7 +361,8 @@ def view_loader(
     """All test views of the listed videos, once: num_taus starts x 10 crops (sec. 5), dealt out to the ranks.
 
     Batches come in tens: the views of VIEWS of the same batch_size (video, tau) pairs, which are decoded once. All
-    ranks get the same number of batches; padding has valid = False. batch_size is that of one rank.
+    ranks get the same number of batches; padding has valid = False. batch_size is that of one rank. Damage is always an
+    error here: scores of other videos would be no test.
     """
     spec = settled(spec, index, rows)
     pairs = num_view_batches(len(rows) * num_taus, batch_size, world_size)
@@ -319,4 +372,4 @@ def view_loader(
     source = Source(index, spec)
     if graph is None:
         graph, draws = _choose_graph(source, draws, True, device, num_threads, decoder)
-    return DaliLoader(source, draws, graph, batch_size, num_batches=pairs * len(VIEWS))
+    return DaliLoader(source, draws, graph, batch_size, num_batches=pairs * len(VIEWS), timeout_s=timeout_s)

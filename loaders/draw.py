@@ -29,9 +29,10 @@ from loaders.rescale import check_crop, frame_sizes
 
 Ints = npt.NDArray[np.int64]
 
-#: Keeps the draws of the two streams apart under one seed, and the orders in which windows are used again.
+#: Keeps apart under one seed: the draws of the two streams, the orders in which windows are used again, replacements.
 _STREAM_COUNTER = {"spatial": 0, "temporal": 1}
 _ORDER_COUNTER = 2
+_INSTEAD_COUNTER = {"spatial": 3, "temporal": 4}
 
 #: Mean number of steps between two stacks of one window.
 SPREAD = 4
@@ -87,6 +88,13 @@ class Draw:
     def take(self, rows: Ints | slice) -> "Draw":
         """Some of the samples."""
         return Draw(**{f.name: getattr(self, f.name)[rows] for f in fields(Draw)})
+
+    def put(self, rows: Sequence[int], others: "Draw") -> "Draw":
+        """The samples with others in the place of some."""
+        values = {f.name: getattr(self, f.name).copy() for f in fields(Draw)}
+        for name, array in values.items():
+            array[list(rows)] = getattr(others, name)
+        return Draw(**values)
 
     @staticmethod
     def concatenate(draws: Sequence["Draw"]) -> "Draw":
@@ -187,35 +195,62 @@ def _births(seed: int, step: int, use: int, num_windows: int) -> Ints:
 
 def _draw_born(seed: int, birth: int, videos: Population, spec: StreamSpec, batch_size: int) -> Draw:
     """All stacks of the windows born in a step: row q * k + j is stack j of window q."""
-    k, num_windows = spec.stacks_per_window, batch_size // spec.stacks_per_window
+    num_windows = batch_size // spec.stacks_per_window
+    generator = _generator(seed, birth, [0, 0, 0, _STREAM_COUNTER[spec.stream]])
+    label = _below(len(videos.start) - 1, num_windows, generator)
+    return _draw_windows(label, birth, np.arange(num_windows), videos, spec, generator)
+
+
+def draw_instead(
+    seed: int, window: tuple[int, int], attempt: int, video: int, videos: Population, spec: StreamSpec
+) -> Draw:
+    """What takes a window's place whose video is damaged: the k stacks of another one, of the same class.
+
+    A pure function of its arguments. window: birth and number of the window, or step and slot of a sample that shares
+    none. attempt: 1, or more if what was drawn instead is damaged too. video: row of the index, one of `videos`.
+    """
+    birth, number = window
+    generator = _generator(seed, birth, [0, attempt, number, _INSTEAD_COUNTER[spec.stream]])
+    (place,) = np.flatnonzero(videos.rows == video)
+    label = np.searchsorted(videos.start, [place], "right") - 1
+    return _draw_windows(label, birth, np.array([number]), videos, spec, generator)
+
+
+def _generator(seed: int, birth: int, counter: list[int]) -> np.random.Generator:
     key = np.array([seed, birth % 2**64], np.uint64)  # births before step 0 are negative
-    generator = np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, _STREAM_COUNTER[spec.stream]]))
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
-    def below(bounds: Ints | int, size: int = batch_size) -> Ints:
-        """Uniform integers in [0, bound)."""
-        return (generator.random(size) * bounds).astype(np.int64)
 
-    label = below(len(videos.start) - 1, num_windows)
-    chosen = videos.start[label] + below(videos.start[label + 1] - videos.start[label], num_windows)
+def _below(bounds: Ints | int, size: int, generator: np.random.Generator) -> Ints:
+    """Uniform integers in [0, bound)."""
+    return (generator.random(size) * bounds).astype(np.int64)
+
+
+def _draw_windows(
+    label: Ints, birth: int, number: Ints, videos: Population, spec: StreamSpec, generator: np.random.Generator
+) -> Draw:
+    """The stacks of m windows, k each, of drawn videos. label (m,): class, as in `videos.start`; number (m,)."""
+    k = spec.stacks_per_window
+    chosen = videos.start[label] + _below(videos.start[label + 1] - videos.start[label], len(label), generator)
     num_starts = videos.num_frames[chosen] - spec.frames_needed + 1
-    tau = below(num_starts, num_windows)
-    tau = tau + spec.frames_before
+    tau = _below(num_starts, len(label), generator) + spec.frames_before
     first = tau
     if k > 1:
         tau, first = _spread_taus(tau, num_starts, k, generator)
         chosen = np.repeat(chosen, k)
-    y0 = below(videos.size[chosen, 0] - spec.crop_px + 1)
-    x0 = below(videos.size[chosen, 1] - spec.crop_px + 1)
-    mirror = below(2).astype(bool) & spec.random_mirror
-    alpha = generator.normal(0, PCA_ALPHA_STD, (batch_size, 3)).astype(np.float32)
+    size = len(chosen)
+    y0 = _below(videos.size[chosen, 0] - spec.crop_px + 1, size, generator)
+    x0 = _below(videos.size[chosen, 1] - spec.crop_px + 1, size, generator)
+    mirror = _below(2, size, generator).astype(bool) & spec.random_mirror
+    alpha = generator.normal(0, PCA_ALPHA_STD, (size, 3)).astype(np.float32)
     return Draw(
         video=videos.rows[chosen],
         tau=tau,
         crop=np.stack([y0, x0], axis=1),
         mirror=mirror,
         alpha=alpha * (spec.stream == "spatial" and spec.color_jitter),
-        valid=np.ones(batch_size, bool),
-        window=np.stack([np.full(batch_size, birth), np.arange(batch_size) // k], axis=1),
+        valid=np.ones(size, bool),
+        window=np.stack([np.full(size, birth), np.repeat(number, k)], axis=1),
         first=first,
     )
 

@@ -19,11 +19,13 @@ class FedGraph:
 
     def __init__(self, make: Callable[[Callable[[], tuple[Any, ...]]], Any], feed: Callable[[], tuple[Any, Any]]):
         self._inside: deque[tuple[tuple[Any, ...], Any]] = deque()
-        self._feed = feed
+        self._again: deque[tuple[tuple[Any, ...], Any]] = deque()
+        self._make, self._feed = make, feed
         self._pipeline = make(self._next_inputs)
 
     def _next_inputs(self) -> tuple[Any, ...]:
-        self._inside.append(self._feed())  # the graph does not copy its inputs: they have to live until it is done
+        # The graph does not copy its inputs: they have to live until it is done.
+        self._inside.append(self._again.popleft() if self._again else self._feed())
         return self._inside[-1][0]
 
     def run(self) -> tuple[Any, Any]:
@@ -36,10 +38,26 @@ class FedGraph:
         """Inputs of the batch that `run` could not make, and what `feed` returned with them."""
         return self._inside[0]
 
+    def restart(self, *, refeed: bool) -> list[Any]:
+        """Begin anew after an error, for the graph's state is not known then. Returns what `feed` returned with the
+        batches that were inside, the oldest first. They are lost, unless they are to be fed again."""
+        inside = list(self._inside)
+        if refeed:
+            inside += self._again
+        self.close()
+        self._again.extend(inside if refeed else ())
+        self._pipeline = self._make(self._next_inputs)
+        return [given for _, given in inside]
+
     def close(self) -> None:
-        """Free the graph's buffers."""
+        """Wait for the batches inside, and free the graph's buffers."""
+        if self._pipeline is not None:
+            # Not left to the destructor: an error's traceback may keep the pipeline alive, and its threads would go on
+            # reading inputs whose memory others use by then.
+            self._pipeline._shutdown()
         self._pipeline = None
         self._inside.clear()
+        self._again.clear()
 
 
 class InUse:

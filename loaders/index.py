@@ -1,7 +1,6 @@
 """A packed data set, opened: videos, labels, splits, and where every member lies. Memory mapped, shared, read-only."""
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,8 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from flow.codec import Codec
-from flow.index import Arrays, load_index
-from flow.shard import FORMAT_VERSION, ShardError
+from flow.dataset import read_dataset
+from flow.index import Arrays, decode_names, load_index
+from flow.shard import ShardError
+from flow.untrusted import MAX_LIST_BYTES, read_bounded
 
 Ints = npt.NDArray[np.int64]
 
@@ -73,10 +74,8 @@ class Index:
         return hashlib.sha256(digests.encode()).hexdigest()[:16]
 
     def video_ids(self, rows: Iterable[int]) -> list[str]:
-        """Ids of the videos in the given rows."""
-        videos = self._videos[np.fromiter(rows, np.int64)]
-        places = zip(videos["name_at"].tolist(), videos["name_bytes"].tolist(), strict=True)
-        return [bytes(self._names.data[at : at + size]).decode() for at, size in places]
+        """Ids of the videos in the given rows. Raises ShardError for one that no pack writes."""
+        return decode_names(self._names, self._videos[np.fromiter(rows, np.int64)])
 
     def rows(self, video_ids: Iterable[str]) -> Ints:
         """Rows of the given videos, in that order. Raises ValueError for a video that is not there."""
@@ -121,7 +120,8 @@ class Index:
             return np.arange(self.num_videos)
         if name not in self.splits():
             raise ValueError(f"{self.root} has no list {name!r}; it has {', '.join(self.splits()) or 'none'}.")
-        return self._rows_of((self.root / "splits" / f"{name}.txt").read_bytes())
+        lines = read_bounded(self.root / "splits" / f"{name}.txt", MAX_LIST_BYTES)
+        return self._rows_of(lines if lines.endswith(b"\n") else lines + b"\n" * bool(lines))
 
 
 @dataclass(frozen=True)
@@ -176,27 +176,27 @@ def open_index(root: str | Path) -> Index:
     """
     root = Path(root)
     try:
-        metadata = json.loads((root / "dataset.json").read_bytes())
-        version, shards = metadata["format_version"], metadata["shards"]
-        described = [(shard["name"], shard["bytes"]) for shard in shards]
+        metadata = read_dataset(root)
     except FileNotFoundError:
         raise ValueError(
             f"{root} is no packed data set: it has no dataset.json. Pack one with `python -m flow.pack`, or images "
             "with `python -m flow.images`; if a pack was stopped, run it again to finish."
         ) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ShardError(f"{root}/dataset.json is damaged: {error!r}. Pack the set again.") from None
-    if version != FORMAT_VERSION:
-        raise ValueError(f"{root} has format version {version}, this code reads {FORMAT_VERSION}. Pack the set again.")
     header, arrays = load_index(root)
-    if [(shard["name"], shard["bytes"]) for shard in header["shards"]] != described:
-        raise ShardError(
-            f"The index of {root} lists other shards than dataset.json. Rebuild it: "
-            f"`python -m flow.verify {root} --rebuild-index`."
-        )
+    described = [(shard["name"], shard["bytes"]) for shard in metadata["shards"]]
+    for what, same in (
+        ("shards", [(shard["name"], shard["bytes"]) for shard in header["shards"]] == described),
+        ("classes", header["classes"] == metadata["classes"]),
+        ("videos", len(arrays["videos"]) == metadata["num_videos"]),
+    ):
+        if not same:
+            raise ShardError(
+                f"The index of {root} lists other {what} than dataset.json. Rebuild it: "
+                f"`python -m flow.verify {root} --rebuild-index`."
+            )
     for name, num_bytes in described:
         path = root / name
-        found = path.stat().st_size if path.exists() else None
+        found = path.stat().st_size if path.is_file() else None  # a FIFO or device is none
         if found != num_bytes:
             raise ShardError(
                 f"{path}: {'missing' if found is None else f'{found} bytes'}, dataset.json says {num_bytes} bytes. "

@@ -9,8 +9,8 @@ from loaders.affine import image_affine
 from loaders.batch import StreamSpec
 from loaders.draw import Draw, Ints
 from loaders.pipeline import Graph
-from loaders.reader import Request
 from loaders.region import Patch, Region, crops, reachable, stored_patch, whole_frames
+from loaders.request import Request
 from loaders.rescale import frame_sizes
 from loaders.source import Encoded, Source
 

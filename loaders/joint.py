@@ -78,12 +78,20 @@ class JointLoader:
     def __init__(self, parts: Sequence[Part], opened: ExitStack):
         self._parts = list(parts)
         self._opened = opened
+        self._batches: list[Batch] = []  # of the first parts, where a later one failed
+
+    @property
+    def num_replaced(self) -> int:
+        """Damaged samples that were replaced so far."""
+        return sum(part.loader.num_replaced for part in self._parts)
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> Batch:
-        batches = [next(part.loader) for part in self._parts]
+        while len(self._batches) < len(self._parts):
+            self._batches.append(next(self._parts[len(self._batches)].loader))
+        batches, self._batches = self._batches, []
         labels, tasks = [], []
         for part, batch in zip(self._parts, batches, strict=True):
             labels.append(to_device(part.label_map, batch.labels.device)[batch.labels])

@@ -11,10 +11,12 @@ import torch
 from flow.codec import decode_component, decode_rgb
 from flow.fields import mirror_field, rescale_field, rescale_image, stack_trajectories, subtract_mean
 from loaders.batch import FLOW_SCALE, PCA_STD, PCA_VECTORS, RGB_MEAN, RGB_STD, Batch, StreamSpec
+from loaders.damage import Replacements, read_request
 from loaders.draw import Draw, Ints, check_batch_size, population, rank_slots, slot_draws
 from loaders.index import Index
+from loaders.request import Request, requests
 from loaders.rescale import frame_sizes
-from loaders.source import Source
+from loaders.source import Encoded, SampleError, Source
 from loaders.views import VIEWS, enumerate_views, num_view_batches, view_crop
 
 Array = npt.NDArray[np.float32]
@@ -31,12 +33,20 @@ class ReferenceLoader:
         device: str,
         num_batches: int | None = None,
         num_left_out: int = 0,
+        replacements: Replacements | None = None,
     ):
         self._source, self._spec = source, source.spec
         self._device = device
         self._num_batches = num_batches
         self.num_left_out = num_left_out
-        self._batches = self._train(draws) if num_batches is None else self._test(draws)
+        self._replacements = replacements
+        self._requests = requests(draws, self._spec, 0, views=True)  # each sample is read alone, also of a window
+        self._request: Request | None = None
+        self._batches: Iterator[Batch] = iter(())
+
+    @property
+    def num_replaced(self) -> int:
+        return self._replacements.num_replaced if self._replacements else 0
 
     def __len__(self) -> int:
         if self._num_batches is None:
@@ -47,39 +57,65 @@ class ReferenceLoader:
         return self
 
     def __next__(self) -> Batch:
-        return next(self._batches)
+        while (batch := next(self._batches, None)) is None:
+            self._request = self._request or next(self._requests)  # after an error the same one again
+            draw, samples = self._read(self._request)
+            self._request = None
+            self._batches = (
+                iter([self._train(draw, samples)]) if self._num_batches is None else self._test(draw, samples)
+            )
+        return batch
 
-    def _train(self, draws: Iterator[Draw]) -> Iterator[Batch]:
+    def _read(self, request: Request) -> tuple[Draw, list[Array]]:
+        """A request's samples, damaged ones replaced if they may be."""
+        while True:
+            request, encoded = read_request(self._source, request, self._replacements)
+            try:
+                return request.draw, self._samples(request.draw, encoded)
+            except SampleError as error:
+                if self._replacements is None:
+                    raise
+                self._replacements.draw_others(request, error)
+
+    def _train(self, draw: Draw, samples: list[Array]) -> Batch:
+        side, inputs = self._spec.crop_px, []
+        for i, sample in enumerate(samples):
+            y0, x0 = draw.crop[i]
+            inputs.append(self._input(sample[..., y0 : y0 + side, x0 : x0 + side], draw.mirror[i], draw.alpha[i]))
+        return self._batch(draw, inputs)
+
+    def _test(self, draw: Draw, samples: list[Array]) -> Iterator[Batch]:
         side = self._spec.crop_px
-        for draw in draws:
-            samples = []
-            for i, sample in enumerate(self._samples(draw)):
-                y0, x0 = draw.crop[i]
-                samples.append(self._input(sample[..., y0 : y0 + side, x0 : x0 + side], draw.mirror[i], draw.alpha[i]))
-            yield self._batch(draw, samples)
+        for view in VIEWS:
+            crops = []
+            for sample in samples:
+                y0, x0 = view_crop(view, (sample.shape[-2], sample.shape[-1]), side)
+                crop = sample[..., y0 : y0 + side, x0 : x0 + side]
+                crops.append(self._input(crop, view[2], np.zeros(3, np.float32)))
+            yield self._batch(draw, crops)
 
-    def _test(self, draws: Iterator[Draw]) -> Iterator[Batch]:
-        side = self._spec.crop_px
-        for draw in draws:
-            samples = self._samples(draw)
-            for view in VIEWS:
-                crops = []
-                for sample in samples:
-                    y0, x0 = view_crop(view, (sample.shape[-2], sample.shape[-1]), side)
-                    crop = sample[..., y0 : y0 + side, x0 : x0 + side]
-                    crops.append(self._input(crop, view[2], np.zeros(3, np.float32)))
-                yield self._batch(draw, crops)
+    def _samples(self, draw: Draw, encoded: Encoded) -> list[Array]:
+        """Each sample's whole frames: (n, 3, H, W) in grey levels, or fields (L, 2, H, W) in px/frame.
 
-    def _samples(self, draw: Draw) -> list[Array]:
-        """Each sample's whole frames: (n, 3, H, W) in grey levels, or fields (L, 2, H, W) in px/frame."""
+        Raises SampleError for a JPEG that cannot be decoded.
+        """
         spec = self._spec
-        images = [image.tobytes() for image in self._source.read(draw.video, draw.tau, spec.steps).images()]
+        images = [image.tobytes() for image in encoded.images()]
         own = [images[at : at + spec.num_images] for at in range(0, len(images), spec.num_images)]
         sizes = frame_sizes(self._source.index, draw.video, spec).tolist()
-        if not spec.is_temporal:
-            return [np.stack([_frame(jpeg, size) for jpeg in jpegs]) for jpegs, size in zip(own, sizes, strict=True)]
-        entries = self._source.stored_entries(draw.video, draw.tau, spec.steps)  # (n, L, 2)
-        return [self._fields(*sample) for sample in zip(own, entries, sizes, strict=True)]
+        entries = self._source.stored_entries(draw.video, draw.tau, spec.steps)  # (n, steps, kinds)
+        samples: list[Array] = []
+        for jpegs, row, size in zip(own, entries, sizes, strict=True):
+            try:
+                if spec.is_temporal:
+                    samples.append(self._fields(jpegs, row, size))
+                else:
+                    samples.append(np.stack([_frame(jpeg, size) for jpeg in jpegs]))
+            except ValueError as error:
+                i = len(samples)
+                place = self._source.where(int(draw.video[i]), int(draw.tau[i]), 0, 0)
+                raise SampleError(f"{place}, or soon after it: no decodable JPEG ({error}).", (i,)) from error
+        return samples
 
     def _fields(self, jpegs: list[bytes], entries: Any, size: list[int]) -> Array:
         """The fields (L, 2, H, W) of one sample, (H, W) = size; entries (L, 2)."""
@@ -145,14 +181,30 @@ def train_loader(
     slots: tuple[int, int] | None = None,
     start_step: int = 0,
     device: str = "cpu",
+    on_damage: str = "raise",
+    max_damaged_pct: float = 1.0,
     **_: Any,
 ) -> ReferenceLoader:
-    """As `dali_loader.train_loader`, computed on the CPU; its num_threads, decoder and graph are ignored."""
+    """As `dali_loader.train_loader`, computed on the CPU; its num_threads, decoder, graph and timeout_s are ignored.
+
+    Raises ValueError if damaged samples of windows are to be skipped: this loader does not read whole windows, and
+    would not replace the same ones.
+    """
+    if on_damage == "skip" and spec.stacks_per_window > 1:
+        raise ValueError(
+            "data.loader=reference with data.stacks_per_window > 1 cannot skip damage. Take data.loader=dali, or "
+            "data.on_damage=raise."
+        )
     videos = population(index, rows, spec)
     check_batch_size(batch_size, world_size, spec)
     slots = slots or rank_slots(rank, world_size, batch_size)
     draws = slot_draws(videos, spec, seed=seed, batch_size=batch_size, slots=slots, start_step=start_step)
-    return ReferenceLoader(Source(index, spec), draws, device=device, num_left_out=videos.num_left_out)
+    replacements = None
+    if on_damage == "skip":
+        replacements = Replacements(videos, spec, seed=seed, first_slot=slots[0], max_damaged_pct=max_damaged_pct)
+    return ReferenceLoader(
+        Source(index, spec), draws, device=device, num_left_out=videos.num_left_out, replacements=replacements
+    )
 
 
 def view_loader(
@@ -167,7 +219,7 @@ def view_loader(
     device: str = "cpu",
     **_: Any,
 ) -> ReferenceLoader:
-    """As `dali_loader.view_loader`, computed on the CPU; its num_threads, decoder and graph are ignored."""
+    """As `dali_loader.view_loader`, computed on the CPU; its num_threads, decoder, graph and timeout_s are ignored."""
     pairs = num_view_batches(len(rows) * num_taus, batch_size, world_size)
     draws = enumerate_views(
         index, rows, spec, num_taus=num_taus, batch_size=batch_size, rank=rank, world_size=world_size

@@ -1,21 +1,23 @@
 """Encoded bytes of drawn samples, read from the shards and checked before anything decodes them.
 
 A damaged JPEG header, or a region outside the image, ends the process inside the decoder. So every member's CRC-32 and
-coded size are compared with the index here; what is damaged becomes a ShardError that names shard, member and offset.
+coded size are compared with the index here; what is damaged becomes a SampleError that names shard, member and offset.
 """
 
+import errno
 import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from flow.codec import JPEG_END, frame_header
-from flow.shard import CLIP_FRAMES, ShardError, damage, member_name
+from flow.codec import JPEG_END, MAX_SCANS, frame_header
+from flow.shard import CLIP_FRAMES, RGB_ENTRY, ShardError, damage, member_name
 from loaders.batch import StreamSpec
 from loaders.index import Index, Ints
 from loaders.rescale import vector_scale
@@ -27,6 +29,17 @@ _SCRATCH = memoryview(bytearray(65_536))
 #: Buffers of one system call; the system's limit is 1,024.
 _MAX_PARTS = 1000
 _REBUILD = "Rebuild the index with `python -m flow.verify DIR --rebuild-index`."
+_RESTORE = "Restore the shard from a copy, or pack the set again."
+#: What a file system says of a shard that is gone, or of a place that it cannot read.
+_GONE = (errno.ENOENT, errno.EIO, errno.ESTALE, errno.ENODATA, errno.EBADMSG)
+
+
+class SampleError(ShardError):
+    """Members are damaged. runs: which of the runs that were asked for hold them, or may, where that is not known."""
+
+    def __init__(self, message: str, runs: tuple[int, ...]):
+        super().__init__(message)
+        self.runs = runs
 
 
 @dataclass(frozen=True)
@@ -75,6 +88,9 @@ class Source:
         self._files: list[OrderedDict[int, int]] = []
         self._buffers: list[bytearray] = []
         self._headers: dict[tuple[int, int, int], bytes] = {}
+        self._waits: dict[int, _Read] = {}  # by thread
+        self._num_failures = 0
+        self._stopped = False
 
     def frames(self, video: Ints, tau: Ints, steps: int) -> Ints:
         """Frame numbers (n, steps) of runs. A video that ends before repeats its last frame or field.
@@ -109,34 +125,55 @@ class Source:
     def read(self, video: Ints, tau: Ints, steps: int) -> Encoded:
         """Read and check the members of runs: one contiguous read for each clip, and direction, that a run touches.
 
-        Raises ShardError for a damaged member.
+        Raises SampleError for a damaged member, OSError for a file system that fails. Shards are opened again then.
         """
+        if self._stopped:
+            raise ValueError("This source was closed. Open another one.")
+        try:
+            return self._read_runs(video, tau, steps)
+        except (SampleError, OSError):
+            self._num_failures += 1
+            raise
+
+    def _read_runs(self, video: Ints, tau: Ints, steps: int) -> Encoded:
         entries = self.stored_entries(video, tau, steps)
+        self._check_numbers(entries, video, tau)
         sizes = entries["size"].reshape(-1).astype(np.int64)
         self._check_sizes(sizes, video, tau, steps)
         reads = list(self._reads(video, tau, steps, entries))
         longest = int(sizes.max(initial=0))
         buffer = self._buffer(len(sizes) * longest)
         for read in reads:  # what is not in the system's cache is fetched many pieces at a time, ahead of need
-            os.posix_fadvise(self._file(read.shard), read.begin, read.end - read.begin, os.POSIX_FADV_WILLNEED)
+            with self._waiting(read) as file:
+                os.posix_fadvise(file, read.begin, read.end - read.begin, os.POSIX_FADV_WILLNEED)
         at = 0
         for read in reads:
-            self._read(read, self._file(read.shard), buffer, at, longest)
+            self._read(read, buffer, at, longest)
             at += read.entries.size * longest
         rows = np.frombuffer(buffer, np.uint8, len(sizes) * longest).reshape(len(sizes), longest)
         return Encoded(rows, sizes, buffer)
 
+    def _check_numbers(self, entries: npt.NDArray[Any], video: Ints, tau: Ints) -> None:
+        """Raise SampleError for a range or mean, px/frame, that is no number: a net would learn nothing any more."""
+        if not self.spec.is_temporal:
+            return
+        finite = np.isfinite(entries["lo"]) & np.isfinite(entries["hi"]) & np.isfinite(entries["mean"])
+        for run, step, kind in np.argwhere(~finite)[:1].tolist():
+            place = self.where(int(video[run]), int(tau[run]), step, kind)
+            raise SampleError(f"{place}: its range or mean in the index is no number. {_REBUILD}", (run,))
+
     def _check_sizes(self, sizes: Ints, video: Ints, tau: Ints, steps: int) -> None:
-        """Raise ShardError for an index whose sizes would make us ask for more memory than images can need."""
+        """Raise SampleError for sizes that no image has: the index would make us ask for more memory than any needs."""
         kinds = len(self.spec.kinds)
         pixels = np.repeat(self.index.heights[video] * self.index.widths[video], steps * kinds)
         allowed = pixels * (6 if kinds == 1 else 2) + 65_536
-        for image in np.flatnonzero(sizes > allowed)[:1].tolist():
+        for image in np.flatnonzero((sizes == 0) | (sizes > allowed))[:1].tolist():
             step, kind = divmod(image, kinds)
             run, step = divmod(step, steps)
-            raise ShardError(
-                f"{self.where(int(video[run]), int(tau[run]), step, kind)}: {sizes[image]} bytes by the index, no "
-                f"JPEG of this size has more than {allowed[image]}. {_REBUILD}"
+            raise SampleError(
+                f"{self.where(int(video[run]), int(tau[run]), step, kind)}: {sizes[image]} bytes by the index, a JPEG "
+                f"of this size has 1 to {allowed[image]}. {_REBUILD}",
+                (run,),
             )
 
     def release(self, encoded: Encoded) -> None:
@@ -144,7 +181,7 @@ class Source:
         self._buffers.append(encoded.buffer)
 
     def _reads(self, video: Ints, tau: Ints, steps: int, entries: npt.NDArray[Any]) -> Iterator["_Read"]:
-        """The contiguous pieces of runs, in order. Raises ShardError if one lies outside its shard."""
+        """The contiguous pieces of runs, in order. Raises SampleError if one lies outside its shard."""
         begins = entries["offset"].min(axis=2).tolist()
         ends = (entries["offset"] + entries["size"]).max(axis=2).tolist()
         # Forward and backward fields of a clip stand apart.
@@ -156,13 +193,35 @@ class Source:
                 stop = step + pieces[run][step:].count(pieces[run][step])
                 begin, end = min(begins[run][step:stop]), max(ends[run][step:stop])
                 if not 0 <= begin <= end <= self.index.shard_bytes[shard]:
-                    raise ShardError(
-                        f"{self.where(row, start, step, 0)}: the index points beyond the shard's end. {_REBUILD}"
+                    raise SampleError(
+                        f"{self.where(row, start, step, 0)}: the index points beyond the shard's end. {_REBUILD}",
+                        (run,),
                     )
-                yield _Read(row, start, shard, step, begin, end, entries[run, step:stop])
+                yield _Read(run, row, start, shard, step, begin, end, entries[run, step:stop])
                 step = stop
 
-    def _read(self, read: "_Read", file: int, buffer: bytearray, at: int, longest: int) -> None:
+    @contextmanager
+    def _waiting(self, read: "_Read") -> Iterator[int]:
+        """The shard's descriptor, while `waits` tells that this thread waits for it. Raises SampleError if it is gone,
+        or cannot be read there."""
+        thread = threading.get_ident()
+        self._waits[thread] = read
+        try:
+            yield self._file(read.shard)
+        except OSError as error:
+            if error.errno not in _GONE:
+                raise
+            place = self.where(read.video, read.tau, read.step, 0)
+            raise SampleError(f"{place}: cannot be read ({error.strerror}). {_RESTORE}", (read.run,)) from error
+        finally:
+            del self._waits[thread]
+
+    def waits(self) -> str:
+        """What threads wait for now: shards and offsets, for messages."""
+        reads = list(self._waits.values())
+        return ", ".join(f"{self.index.root / self.index.shards[read.shard]} at offset {read.begin}" for read in reads)
+
+    def _read(self, read: "_Read", buffer: bytearray, at: int, longest: int) -> None:
         """Read the images of one piece to buffer[at:], one every `longest` bytes, and check them."""
         kinds, content = len(self.spec.kinds), memoryview(buffer)
         keys = ("offset", "size", "crc32")
@@ -172,14 +231,17 @@ class Source:
         order = sorted(range(len(members)), key=lambda i: members[i][0])  # backward fields come last one first
         same = [i for i, j in zip(order[1:], order, strict=False) if members[i][0] == members[j][0]]  # a video's end
         once = [i for i in order if i not in same]
-        end = _scatter(file, [members[i][0] for i in once], [rows[i] for i in once])
+        with self._waiting(read) as file:
+            end = _scatter(file, [members[i][0] for i in once], [rows[i] for i in once])
         copied = {members[i][0]: rows[i] for i in once} if same else {}
         for i in same:
             rows[i][:] = copied[members[i][0]]
+        table, width = read.entries.tobytes(), read.entries.itemsize
         expected = (int(self.index.heights[read.video]), int(self.index.widths[read.video]), 3 if kinds == 1 else 1)
         header = self._headers.get(expected, b"-")
         for i, (begin, row, (offset, size, crc32)) in enumerate(zip(begins, rows, members, strict=True)):
-            wrong = damage(row[: max(0, end - offset)], size, crc32)
+            covered = table[i * width + RGB_ENTRY.itemsize : (i + 1) * width]  # the entry's range_bytes
+            wrong = damage(row[: max(0, end - offset)], size, crc32, covered)
             if not wrong and (size < len(header) or not buffer.startswith(header, begin)):
                 wrong = self._wrong_size(row, expected)
             if not wrong and not buffer.startswith(JPEG_END, begin + size - len(JPEG_END)):
@@ -187,7 +249,8 @@ class Source:
                     "no end-of-image marker at its end: a decoder would run on into other bytes. Pack the set again."
                 )
             if wrong:
-                raise ShardError(f"{self.where(read.video, read.tau, read.step + i // kinds, i % kinds)}: {wrong}")
+                place = self.where(read.video, read.tau, read.step + i // kinds, i % kinds)
+                raise SampleError(f"{place}: {wrong}", (read.run,))
 
     def _wrong_size(self, jpeg: memoryview, expected: tuple[int, int, int]) -> str:
         """What is wrong with a JPEG's coded (height, width, channels); empty if they are the expected ones.
@@ -204,7 +267,11 @@ class Source:
                 f"a JPEG of {found[0]}x{found[1]} px and {found[2]} channels, the index says {expected[0]}x"
                 f"{expected[1]} and {expected[2]}. {_REBUILD}"
             )
-        self._headers[expected] = bytes(jpeg[:end])
+        num_scans = bytes(jpeg).count(b"\xff\xda")
+        if num_scans > MAX_SCANS:
+            return f"a JPEG of {num_scans} scans, which would take very long; expected at most {MAX_SCANS}."
+        if num_scans == 1:  # others of the same header may have more
+            self._headers[expected] = bytes(jpeg[:end])
         return ""
 
     def where(self, video: int, tau: int, step: int, kind: int) -> str:
@@ -229,9 +296,13 @@ class Source:
         under another. The least recently used one is closed when there are too many.
         """
         if not hasattr(self._own, "files"):
-            self._own.files = OrderedDict()
+            self._own.files, self._own.num_failures = OrderedDict(), 0
             self._files.append(self._own.files)
         files: OrderedDict[int, int] = self._own.files
+        if self._own.num_failures != self._num_failures:  # a shard may have been put back: another file of its name
+            self._own.num_failures = self._num_failures
+            while files:
+                os.close(files.popitem()[1])
         if shard not in files:
             if len(files) >= _MAX_OPEN_SHARDS:
                 os.close(files.popitem(last=False)[1])
@@ -239,8 +310,13 @@ class Source:
         files.move_to_end(shard)
         return files[shard]
 
+    def stop(self) -> None:
+        """Begin no more reads."""
+        self._stopped = True
+
     def close(self) -> None:
         """Close the shards. No thread may read any more."""
+        self.stop()
         for files in self._files:
             while files:
                 os.close(files.popitem()[1])
@@ -271,6 +347,7 @@ def _scatter(file: int, offsets: list[int], rows: list[memoryview]) -> int:
 class _Read:
     """One contiguous read of a run from time step `step` on: bytes [begin, end) of a shard, entries (steps, kinds)."""
 
+    run: int
     video: int
     tau: int
     shard: int

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from flow.codec import Codec, encode_component, encode_rgb
-from flow.index import build_index
+from flow.index import build_index, load_index
 from flow.shard import (
     CLIP_FRAMES,
     FORMAT_VERSION,
@@ -81,12 +81,19 @@ def pack_arrays(root: Path, videos: dict, codec=PER_FIELD, splits=None, videos_p
         num_bytes, sha256 = commit_shard([fragment], root / shard_name(number))
         fragment.unlink()
         shards.append({"name": shard_name(number), "bytes": num_bytes, "sha256": sha256})
-    metadata = {"format_version": FORMAT_VERSION, "name": "arrays", "codec": codec.metadata(), "shards": shards}
+    build_index(root)
+    metadata = {
+        "format_version": FORMAT_VERSION,
+        "name": "arrays",
+        "codec": codec.metadata(),
+        "classes": load_index(root)[0]["classes"],
+        "num_videos": len(videos),
+        "shards": shards,
+    }
     write_json(root / "dataset.json", metadata)
     (root / "splits").mkdir()
     for name, members in (splits or {"split1_train": ids, "split1_test": ids}).items():
         write_bytes(root / "splits" / f"{name}.txt", "".join(f"{video_id}\n" for video_id in members).encode())
-    build_index(root)
     return root
 
 

@@ -14,6 +14,7 @@ from flow.codec import (
     decode_rgb,
     encode_component,
     encode_rgb,
+    frame_header,
 )
 from tests.conftest import smooth_noise
 
@@ -108,14 +109,57 @@ def test_rgb_keeps_its_channels():
 def test_coded_size_reads_the_header_alone(component):
     jpeg = encode_component(component, Codec()).jpeg
     assert coded_size(jpeg) == (64, 80, 1)
-    assert coded_size(jpeg[:200]) == (64, 80, 1)
+    assert frame_header(jpeg[: frame_header(jpeg)[1]]) == frame_header(jpeg)
     assert coded_size(encode_rgb(np.zeros((20, 30, 3), np.uint8), 90)) == (20, 30, 3)
     with pytest.raises(ValueError, match="begins with ffd8"):
         coded_size(b"\x89PNG")
-    with pytest.raises(ValueError, match="without a frame header"):
-        coded_size(jpeg[:60])
     with pytest.raises(ValueError, match="no decodable JPEG"):
         decode_grey(b"nothing")
+
+
+def segments(jpeg):
+    """A header's segments (marker, content), and what follows them."""
+    at, found = 2, []
+    while not found or found[-1][0] != 0xDA:
+        length = int.from_bytes(jpeg[at + 2 : at + 4], "big")
+        found.append((jpeg[at + 1], jpeg[at + 4 : at + 2 + length]))
+        at += 2 + length
+    return found, jpeg[at:]
+
+
+def joined(parts, rest):
+    return b"\xff\xd8" + b"".join(bytes([0xFF, m]) + (len(c) + 2).to_bytes(2, "big") + c for m, c in parts) + rest
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_header_that_is_no_whole_chain_is_refused(component, channels):
+    """At some of these the decoder of the loaders ends its process; any length cut off is refused too."""
+    colour = np.random.default_rng(0).integers(0, 255, (64, 80, 3), np.uint8)
+    jpeg = encode_rgb(colour, 90) if channels == 3 else encode_component(component, Codec()).jpeg
+    parts, rest = segments(jpeg)
+    assert joined(parts, rest) == jpeg and frame_header(jpeg) == ((64, 80, channels), len(jpeg) - len(rest))
+    (sof,) = [part for part in parts if part[0] == 0xC0]
+    at, place = parts.index(sof), jpeg.index(b"\xff\xc0")
+    other = [*parts[:at], (0xC0, bytes([12]) + sof[1][1:]), *parts[at + 1 :]]
+    broken = {
+        "begins with ffd8": [b"\x89PNG", b"\0" + jpeg[1:]],
+        "contradicts itself": [joined(other, rest), joined([*parts[: at + 1], *parts[at:]], rest)],
+        "a segment of": [jpeg[: place + 2] + bytes([0, length]) + jpeg[place + 4 :] for length in (0, 1)],
+        "no frame header, or no scan": [
+            joined(parts[:at] + parts[at + 1 :], rest),
+            joined(parts[:-1], rest),
+            jpeg[:place] + b"\xff" + jpeg[place:],
+            jpeg[:place] + b"\xff\0" + jpeg[place:],
+            jpeg[:place] + b"\0" + jpeg[place:],
+        ],
+    }
+    for message, cases in broken.items():
+        for case in cases:
+            with pytest.raises(ValueError, match=message):
+                frame_header(case)
+    for size in range(2, len(jpeg) - len(rest)):
+        with pytest.raises(ValueError, match="A JPEG of"):
+            frame_header(jpeg[:size])
 
 
 def test_mirror_twice_is_the_identity_and_turns_right_into_left():
@@ -150,7 +194,7 @@ def test_a_colour_jpeg_is_proven_by_its_size_and_codes(size):
     check_rgb(jpeg, *size)
     with pytest.raises(ValueError, match=f"was encoded as one of {size[0]}x{size[1]} px"):
         check_rgb(jpeg, size[0] + 1, size[1])
-    with pytest.raises(ValueError, match="no decodable JPEG|without a frame header"):
+    with pytest.raises(ValueError, match="no decodable JPEG|with a segment of"):
         check_rgb(jpeg[:40], *size)
     grey = encode_component(image[..., 0].astype(np.float32), Codec()).jpeg
     with pytest.raises(ValueError, match="was encoded"):

@@ -1,6 +1,8 @@
 """Damaged shards in batches large enough to end the process if the decoder ever saw them: always an error that names
 shard, member and offset, and never a wrong tensor."""
 
+import contextlib
+import os
 import re
 import shutil
 import zlib
@@ -11,18 +13,21 @@ import torch
 
 from flow.codec import Codec, encode_component, encode_rgb
 from flow.index import build_index
-from flow.shard import RGB_ENTRY, ShardError
-from loaders import dali_loader
+from flow.shard import FIELD_ENTRY, RGB_ENTRY, ShardError
+from loaders import dali_loader, reference
 from loaders.batch import StreamSpec
 from loaders.draw import draw_batch, population
 from loaders.index import open_index
 from loaders.pipeline import Graph
+from loaders.source import Source
 from tests.conftest import pack_arrays
 
 SPEC = StreamSpec(stream="temporal", L=10, crop_px=56)
+TRAJECTORIES = StreamSpec(stream="temporal", L=10, crop_px=56, stacking="trajectory")
 WINDOWS = StreamSpec(stream="temporal", L=10, crop_px=56, stacks_per_window=4)
 RGB = StreamSpec(stream="spatial", crop_px=56)
 NUM_JPEGS = 1280
+SHARED = {"decoder": "shared", "mixed_share": 0.3}
 
 
 @pytest.fixture
@@ -76,17 +81,23 @@ def one_shard(tmp_path, arrays):
 
 
 def replace_member(root, content, kind="dx", spec=None):
+    """Put other bytes in the place of the first member, see `replace_bytes`."""
+    place = first_member(open_index(root), kind, spec)
+    replace_bytes(root, kind, *place, content)
+    return place[:2]
+
+
+def replace_bytes(root, kind, path, offset, size, content):
     """Put other bytes in a member's place and make the index agree, as a broken writer would have left it."""
-    path, offset, size = first_member(open_index(root), kind, spec)
     overwrite(path, offset, content)
     index = root / "index.bin"
     raw = index.read_bytes()
     entry = np.zeros(1, RGB_ENTRY)  # the first half of a field's entry, too
     entry["offset"], entry["size"] = offset, size
     at = raw.index(entry.tobytes()[:12])
-    entry["size"], entry["crc32"] = len(content), zlib.crc32(content)
+    ranges = b"" if kind == "rgb" else raw[at + RGB_ENTRY.itemsize : at + FIELD_ENTRY.itemsize]
+    entry["size"], entry["crc32"] = len(content), zlib.crc32(ranges, zlib.crc32(content))
     overwrite(index, at, entry.tobytes())
-    return path, offset
 
 
 @pytest.mark.parametrize("kind, spec, channels", [("dx", SPEC, 1), ("rgb", RGB, 3)])
@@ -110,7 +121,7 @@ def test_a_cut_jpeg_never_reaches_the_decoder(one_shard, kind, spec):
         load_first(one_shard, spec)
 
 
-@pytest.mark.parametrize("graph", [Graph(), Graph(decoder="shared", mixed_share=0.3)], ids=["one", "shared"])
+@pytest.mark.parametrize("graph", [Graph(), Graph(**SHARED)], ids=["one", "shared"])
 @pytest.mark.parametrize("kind, spec", [("dx", SPEC), ("dx", WINDOWS), ("rgb", RGB)])
 def test_what_the_decoder_cannot_decode_is_named(one_shard, kind, spec, graph):
     """A JPEG of a lossless process: the decoder reports it by its number in the batch; that becomes the member, or two
@@ -126,15 +137,50 @@ def test_what_the_decoder_cannot_decode_is_named(one_shard, kind, spec, graph):
     assert any(re.fullmatch(rf"{path.name}: .*\.{kind}\.jpg at offset {offset}", place) for place in places)
 
 
-def test_after_errors_a_new_loader_gives_the_same_step(copy, packed):
-    path, offset, size = first_member(open_index(copy))
-    good = path.read_bytes()[offset : offset + size]
+@pytest.mark.parametrize("module", [dali_loader, reference])
+@pytest.mark.parametrize("spec", [SPEC, RGB, WINDOWS, TRAJECTORIES], ids=["stacks", "rgb", "windows", "trajectories"])
+def test_after_an_error_a_loader_goes_on_where_it_was(copy, packed, spec, module, capfd):
+    """A member of a later step is damaged and mended: no batch is lost, doubled or changed, and the decoder, which was
+    at later ones, has seen nothing but whole images."""
+    num_steps, batch_size = 4, 16
+    index, rows = open_index(copy), open_index(copy).split("split1_train")
+    draws = [draw_batch(0, step, population(index, rows, spec), spec, batch_size) for step in range(num_steps)]
+    members = [members_of(index, draw, spec) for draw in draws]
+    path, offset = sorted(members[2] - members[0] - members[1])[0]
+    good = path.read_bytes()
     overwrite(path, offset, bytes(32))
-    for _ in range(3):
-        with pytest.raises(ShardError, match="damaged"):
-            load_first(copy)
-    overwrite(path, offset, good)
-    assert torch.equal(load_first(copy).inputs, load_first(packed).inputs)
+    with module.train_loader(open_index(packed), rows, spec, seed=0, batch_size=batch_size) as loader:
+        expected = [next(loader).inputs.clone() for _ in range(num_steps)]
+    found = []
+    with module.train_loader(index, rows, spec, seed=0, batch_size=batch_size) as loader:
+        while True:
+            try:
+                found.append(next(loader).inputs.clone())
+            except ShardError as error:
+                break_at, message = len(found), str(error)
+                break
+        with pytest.raises(ShardError, match=re.escape(message)):
+            next(loader)
+        path.write_bytes(good)
+        found += [batch_when_read_anew(loader).inputs.clone() for _ in range(num_steps - len(found))]
+    assert break_at <= 2 and f"{path.name}: " in message and f"at offset {offset}" in message
+    for mine, other in zip(found, expected, strict=True):
+        assert torch.equal(mine, other)
+    assert capfd.readouterr().err == ""
+
+
+def members_of(index, draw, spec):
+    """{(path, offset)} of the members that a draw's samples are made from."""
+    entries = Source(index, spec).stored_entries(draw.video, draw.tau, spec.steps)
+    paths = [index.root / index.shards[shard] for shard in index.shard[draw.video]]
+    return {(path, int(offset)) for path, row in zip(paths, entries["offset"], strict=True) for offset in row.flat}
+
+
+def batch_when_read_anew(loader):
+    """The next batch. The step that failed was begun to be read again at once, before the file was mended."""
+    with contextlib.suppress(ShardError):
+        return next(loader)
+    return next(loader)
 
 
 def test_a_shard_that_is_missing_or_cut_is_named(copy):
@@ -153,7 +199,7 @@ def test_an_index_of_other_shards_is_refused(copy, tmp_path, arrays):
     shutil.copy(other / "index.bin", copy / "index.bin")
     with pytest.raises(ShardError, match="lists other shards than dataset.json"):
         open_index(copy)
-    (copy / "index.bin").write_bytes(b"2STREAM1" + bytes(100))
+    (copy / "index.bin").write_bytes(b"2STREAM2" + bytes(100))
     with pytest.raises(ShardError, match="is damaged: .*--rebuild-index"):
         open_index(copy)
     (copy / "index.bin").unlink()
@@ -177,3 +223,131 @@ def test_another_encoding_is_refused(copy):
     (copy / "dataset.json").write_text(text.replace('"version": 1', '"version": 2'))
     with pytest.raises(ValueError, match="encoded with linear-jpeg version 2"):
         open_index(copy)
+
+
+# --- data.on_damage=skip -----------------------------------------------------------------------------------------
+
+
+def load(root, spec, num_steps=6, start_step=0, module=dali_loader, **options):
+    """Batches, and how many samples were replaced."""
+    index = open_index(root)
+    means = {"seed": 1, "batch_size": 16, "start_step": start_step, **options}
+    with module.train_loader(index, index.split("split1_train"), spec, **means) as loader:
+        return [next(loader) for _ in range(start_step, num_steps)], loader.num_replaced
+
+
+@pytest.mark.parametrize("spec", [SPEC, RGB, WINDOWS], ids=["stacks", "rgb", "windows"])
+def test_damaged_samples_are_replaced_within_their_class(copy, packed, spec, caplog):
+    """All samples that need no damaged member are what they were; the others' class is; and one rank sees what two do,
+    or what a resumed run does."""
+    index = open_index(copy)
+    sound, _ = load(packed, spec)
+    path, offset = sorted(members_of(index, sound[3].draw, spec))[5]
+    overwrite(path, offset, bytes(32))
+    found, num_replaced = load(copy, spec, on_damage="skip")
+    assert num_replaced > 0
+    assert "Another sample of its class takes its place" in caplog.text and f"at offset {offset}" in caplog.text
+    for batch, was in zip(found, sound, strict=True):
+        assert torch.equal(batch.labels, was.labels)
+        assert (path, offset) not in members_of(index, batch.draw, spec)
+        differs = (batch.inputs != was.inputs).flatten(1).any(1).tolist()
+        hit = [(path, offset) in members_of(index, was.draw.take(slice(i, i + 1)), spec) for i in range(len(was.draw))]
+        if spec.stacks_per_window == 1:
+            assert differs == hit
+        else:  # a window is replaced for all its stacks, also for those that do not reach the damaged field
+            assert all(changed for changed, is_hit in zip(differs, hit, strict=True) if is_hit)
+    assert any((batch.inputs != was.inputs).any() for batch, was in zip(found, sound, strict=True))
+    halves = [load(copy, spec, rank=rank, world_size=2, on_damage="skip")[0] for rank in range(2)]
+    for batch, *parts in zip(found, *halves, strict=True):
+        assert torch.equal(batch.inputs, torch.cat([part.inputs for part in parts]))
+    resumed, _ = load(copy, spec, start_step=4, on_damage="skip")
+    for batch, again in zip(found[4:], resumed, strict=True):
+        assert torch.equal(batch.inputs, again.inputs)
+
+
+@pytest.mark.parametrize("kind, spec", [("dx", SPEC), ("rgb", RGB)])
+def test_replaced_samples_are_those_of_the_reference(copy, kind, spec):
+    path, offset, _ = first_member(open_index(copy), kind)
+    overwrite(path, offset, bytes(32))
+    ours, num_replaced = load(copy, spec, on_damage="skip", seed=0)
+    others, num_others = load(copy, spec, on_damage="skip", seed=0, module=reference)
+    assert num_replaced >= num_others > 0  # one reads further ahead
+    for mine, other in zip(ours, others, strict=True):
+        np.testing.assert_array_equal(mine.draw.video, other.draw.video)
+        np.testing.assert_allclose(mine.inputs, other.inputs, atol=1e-4)
+
+
+ON_GPU = pytest.param({"device": "cuda", "decoder": "mixed"}, marks=pytest.mark.gpu, id="gpu")
+
+
+@pytest.mark.parametrize("options", [pytest.param({}, id="one"), pytest.param(SHARED, id="shared"), ON_GPU])
+@pytest.mark.parametrize("spec", [SPEC, WINDOWS], ids=["stacks", "windows"])
+def test_what_the_decoder_cannot_decode_is_replaced_too(one_shard, spec, options):
+    """Found out only by the graph, when later batches are on their way: they are made again, in their order."""
+    graph = Graph(**options)
+    sound, _ = load(one_shard, spec, graph=graph)
+    index = open_index(one_shard)
+    path, offset = sorted(members_of(index, sound[1].draw, spec))[0]
+    sizes = {(int(row["offset"]), kind): int(row["size"]) for kind in spec.kinds for row in index.entries[kind]}
+    kind, size = next((kind, size) for (at, kind), size in sizes.items() if at == offset)
+    jpeg = path.read_bytes()[offset : offset + size].replace(b"\xff\xc0", b"\xff\xc3", 1)
+    replace_bytes(one_shard, kind, path, offset, size, jpeg)
+    found, num_replaced = load(one_shard, spec, on_damage="skip", graph=graph)
+    assert num_replaced > 0
+    for batch, was in zip(found, sound, strict=True):
+        assert torch.equal(batch.labels, was.labels)
+        assert (path, offset) not in members_of(index, batch.draw, spec)
+        for i, (mine, other) in enumerate(zip(batch.inputs, was.inputs, strict=True)):
+            same_draw = batch.draw.video[i] == was.draw.video[i] and batch.draw.tau[i] == was.draw.tau[i]
+            assert not same_draw or torch.equal(mine, other)
+
+
+def test_too_much_damage_ends_the_training(copy):
+    for path in copy.glob("shard-*.tar"):
+        size = path.stat().st_size
+        path.write_bytes(bytes(size))
+    with pytest.raises(ShardError, match=r"damaged.* more than\s+data.max_damaged_pct=1.0"):
+        load(copy, SPEC, on_damage="skip")
+
+
+def test_tests_are_never_made_of_other_samples(copy):
+    """A test loader has no draw to put in a damaged one's place, and takes no option that says so."""
+    path, offset, _ = first_member(open_index(copy))
+    overwrite(path, offset, bytes(32))
+    index = open_index(copy)
+    with dali_loader.view_loader(index, index.split("split1_test"), SPEC, num_taus=25, batch_size=16) as loader:
+        with pytest.raises(ShardError, match=rf"{path.name}: .* at offset {offset}: damaged"):
+            list(loader)
+    with pytest.raises(TypeError, match="on_damage"):
+        dali_loader.view_loader(index, index.split("split1_test"), SPEC, batch_size=16, on_damage="skip")
+
+
+def test_a_shard_that_does_not_answer_is_named_and_waited_for_no_longer(copy):
+    """A FIFO in the shard's place: opening it waits for a writer that never comes."""
+    index = open_index(copy)
+    for name in index.shards:
+        (index.root / name).unlink()
+        os.mkfifo(index.root / name)
+    with dali_loader.train_loader(
+        index, index.split("split1_train"), SPEC, seed=0, batch_size=16, timeout_s=0.2
+    ) as loader:
+        for _ in range(2):
+            with pytest.raises(
+                TimeoutError, match=r"Waited 0.2 s for .*shard-\d{6}.tar at offset \d+.*train.timeout_s"
+            ):
+                next(loader)
+    for name in index.shards:  # let the threads go
+        os.close(os.open(index.root / name, os.O_RDWR))
+
+
+def test_a_shard_that_goes_away_is_named(copy):
+    index = open_index(copy)
+    for name in index.shards:
+        (index.root / name).unlink()
+    with pytest.raises(ShardError, match=r"shard-\d{6}.tar: .*at offset \d+: cannot be read \(No such file"):
+        load_open(index)
+
+
+def load_open(index):
+    with dali_loader.train_loader(index, index.split("split1_train"), SPEC, seed=0, batch_size=16) as loader:
+        return next(loader)

@@ -28,6 +28,19 @@ def test_a_video_that_is_not_there_is_named(index, missing):
         index.rows(["run/long", missing])
 
 
+@pytest.mark.parametrize("end, ids", [("\n", 2), ("", 2), ("\nsit", None), ("", 0)])
+def test_a_list_cut_off_loses_nobody(index, tmp_path, end, ids):
+    """The last line counts, with a line feed or without; a name cut off is an error."""
+    index.root = tmp_path
+    (tmp_path / "splits").mkdir()
+    (tmp_path / "splits/mine.txt").write_text("run/long\nwalk/wide" + end if ids != 0 else "")
+    if ids is None:
+        with pytest.raises(ValueError, match="holds no video 'sit'"):
+            index.split("mine")
+    else:
+        assert index.video_ids(index.split("mine")) == ["run/long", "walk/wide"][:ids]
+
+
 def test_ids_of_one_hash_are_told_apart(index, monkeypatch):
     monkeypatch.setattr(index_module._Names, "hashes", lambda self: np.zeros(len(self.at), np.uint64))
     ids = list(VIDEOS)

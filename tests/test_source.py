@@ -1,6 +1,7 @@
 """Reading: the right bytes, in one read a run and clip, whatever the number of threads and open shards."""
 
 import os
+import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,7 +13,7 @@ from loaders import source as source_module
 from loaders.batch import StreamSpec
 from loaders.draw import draw_batch, population
 from loaders.index import open_index
-from loaders.source import Source
+from loaders.source import SampleError, Source
 from tests.conftest import pack_arrays
 
 SPECS = [
@@ -42,7 +43,7 @@ def members(index, spec, video, taus, steps):
         for kind, frame in ((kind, frame) for kinds, frames in parts for frame in frames for kind in kinds):
             entry = index.entries[kind][index.first_row[row] + frame]
             shard = index.root / index.shards[index.shard[row]]
-            yield read_member(shard, int(entry["offset"]), int(entry["size"]), int(entry["crc32"]), kind)
+            yield read_member(shard, entry, kind)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.stream}{s.steps}{'bi' * s.bidirectional}")
@@ -135,12 +136,28 @@ def test_an_index_that_claims_a_giant_is_refused_before_memory_is_taken(index):
     (row,) = index.rows(["run/long"])
     entries["dy"]["size"][index.first_row[row] + 3] = 4_000_000_000
     source._tables = [[entries[kind] for kind in spec.kinds], []]
-    with pytest.raises(ValueError, match=r"0000.003.dy.jpg at offset \d+: 4000000000 bytes by the index, no JPEG"):
+    with pytest.raises(ValueError, match=r"0000.003.dy.jpg at offset \d+: 4000000000 bytes by the index, a JPEG"):
         source.read(np.array([row]), np.array([0]), 10)
 
 
+@pytest.mark.parametrize("key", ["lo", "hi", "mean"])
+def test_a_changed_range_or_mean_is_found(index, key):
+    """Nothing else would show it: the JPEG is sound, and the values would be wrong."""
+    spec = SPECS[1]
+    (row,) = index.rows(["run/long"])
+    for value, message in ((0.25, "damaged, .* with CRC-32"), (np.nan, "range or mean in the index is no number")):
+        source = Source(index, spec)
+        entries = {kind: np.array(table) for kind, table in index.entries.items()}
+        entries["dx"][key][index.first_row[row] + 2] += value
+        source._tables = [[entries[kind] for kind in spec.kinds], []]
+        source.read(np.array([row]), np.array([3]), 10)
+        with pytest.raises(SampleError, match=rf"0000.002.dx.jpg at offset \d+: .*{message}") as caught:
+            source.read(np.array([row, row]), np.array([3, 0]), 10)
+        assert caught.value.runs == (1,)
+
+
 def test_a_member_that_the_index_calls_empty_is_refused(index):
-    """Its CRC-32 is that of no bytes, in its place in the buffer begins a good image of the batch before, and the bytes
+    """Its CRC-32 is sound, in its place in the buffer begins a good image of the batch before, and the bytes
     in front of it are the end of the longest image."""
     spec = SPECS[1]
     source = Source(index, spec)
@@ -150,10 +167,11 @@ def test_a_member_that_the_index_calls_empty_is_refused(index):
     step, kind = divmod(int(encoded.sizes[:-1].argmax()) + 1, 2)
     assert encoded.sizes[:-1].max() == encoded.sizes.max()
     entries = {name: np.array(index.entries[name]) for name in spec.kinds}
-    for key in ("size", "crc32"):
-        entries[spec.kinds[kind]][key][index.first_row[rows[0]] + step] = 0
+    empty = entries[spec.kinds[kind]][index.first_row[rows[0]] + step : index.first_row[rows[0]] + step + 1]
+    empty["size"] = 0
+    empty["crc32"] = zlib.crc32(empty.tobytes()[-12:])  # of nothing, going on over range and mean
     source._tables = [[entries[name] for name in spec.kinds], []]
     with pytest.raises(
-        ValueError, match=rf"00{step}.{spec.kinds[kind]}.jpg at offset \d+: The bytes begin with nothing"
+        ValueError, match=rf"00{step}.{spec.kinds[kind]}.jpg at offset \d+: 0 bytes by the index"
     ):
         source.read(rows, first, 10)

@@ -1,0 +1,64 @@
+"""`dataset.json`, which describes a packed set: read, and held against what packers write."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from flow.codec import Codec
+from flow.shard import FORMAT_VERSION, MAX_CLASS_ID, ShardError, check_class_name
+from flow.untrusted import read_json
+
+
+def read_dataset(root: Path) -> dict[str, Any]:
+    """Content of a folder's `dataset.json`.
+
+    Raises FileNotFoundError, ShardError if it is damaged, and ValueError for an encoding or version that this code does
+    not read.
+    """
+    path = root / "dataset.json"
+    try:
+        dataset = read_json(path)
+        version = dataset["format_version"]
+        check_classes(dataset["classes"])
+        check_shards(dataset["shards"])
+        whole = (
+            type(dataset["num_videos"]) is int
+            and isinstance(dataset.get("name"), str | None)
+            and isinstance(dataset.get("flow"), dict | None)
+            and isinstance(dataset["codec"], dict)
+            and all(re.fullmatch("[0-9a-f]{64}", shard["sha256"]) for shard in dataset["shards"])
+        )
+        if not whole:
+            raise ValueError("a value is of another type than packers write")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ShardError(f"{path} is damaged: {error!r:.300}. Restore it from a copy, or pack the set again.") from None
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{root} has format version {version!r:.40}, this code reads {FORMAT_VERSION}. Pack the set again."
+        )
+    Codec.from_metadata(dataset["codec"])
+    return dict(dataset)
+
+
+def check_classes(classes: Sequence[dict[str, Any]]) -> None:
+    """Raise ValueError, TypeError or KeyError unless classes are as `flow.index.scan_shards` makes them."""
+    for entry in classes:
+        check_class_name(entry["name"])
+        number = entry["official_id"]
+        if number is not None and not (type(number) is int and 0 <= number <= MAX_CLASS_ID):
+            raise ValueError(f"class {entry['name']!r} has the number {number!r:.40}")
+    _check_sorted([entry["name"] for entry in classes])
+
+
+def check_shards(shards: Sequence[dict[str, Any]]) -> None:
+    """Raise ValueError, TypeError or KeyError unless shards are as packers write them: no name leaves the folder."""
+    for entry in shards:
+        if not re.fullmatch(r"shard-[0-9]{6,}\.tar", entry["name"]) or type(entry["bytes"]) is not int:
+            raise ValueError(f"{entry!r:.200} describes no shard-000000.tar")
+    _check_sorted([entry["name"] for entry in shards])
+
+
+def _check_sorted(names: list[str]) -> None:
+    if names != sorted(set(names)):
+        raise ValueError(f"its {len(names)} classes, or shards, are not in order, or one stands there twice")
