@@ -47,7 +47,7 @@ def flow_histogram(index: Index, row: int) -> np.ndarray:
         components, means = [], []
         for kind in ("dx", "dy"):
             entry = index.entries[kind][index.first_row[row] + frame]
-            jpeg = read_member(shard, int(entry["offset"]), int(entry["size"]), int(entry["crc32"]), kind)
+            jpeg = read_member(shard, entry, kind)
             components.append(decode_component(jpeg, float(entry["lo"]), float(entry["hi"])))
             means.append(entry["mean"])
         field = subtract_mean(np.stack(components), np.array(means, np.float32))

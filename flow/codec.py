@@ -8,7 +8,7 @@ A component is mapped linearly from its range (lo, hi) in px/frame to the codes 
 """
 
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -191,12 +191,14 @@ _IN_HEADER = _SOF | {_SOS, 0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)}
 #: Of a progressive JPEG. Encoders write ten or so; each costs a pass over the image, however short it is.
 MAX_SCANS = 200
 
+Count = TypeVar("Count", int, npt.NDArray[np.int64])
+
 #: The end-of-image marker: what a JPEG ends with.
 JPEG_END = b"\xff\xd9"
 
 
-def max_jpeg_bytes(height: int, width: int, channels: int) -> int:
-    """More bytes than any JPEG of that size needs."""
+def max_jpeg_bytes(height: Count, width: Count, channels: int) -> Count:
+    """More bytes than any JPEG of that size needs; of one, or of many (n,)."""
     return height * width * (6 if channels == 3 else 2) + 65_536
 
 

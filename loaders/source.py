@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from flow.codec import JPEG_END, MAX_SCANS, frame_header
+from flow.codec import JPEG_END, MAX_SCANS, frame_header, max_jpeg_bytes
 from flow.shard import CLIP_FRAMES, RGB_ENTRY, ShardError, damage, member_name
 from loaders.batch import StreamSpec
 from loaders.index import Index, Ints
@@ -165,8 +165,8 @@ class Source:
     def _check_sizes(self, sizes: Ints, video: Ints, tau: Ints, steps: int) -> None:
         """Raise SampleError for sizes that no image has: the index would make us ask for more memory than any needs."""
         kinds = len(self.spec.kinds)
-        pixels = np.repeat(self.index.heights[video] * self.index.widths[video], steps * kinds)
-        allowed = pixels * (6 if kinds == 1 else 2) + 65_536
+        allowed = max_jpeg_bytes(self.index.heights[video], self.index.widths[video], 3 if kinds == 1 else 1)
+        allowed = allowed.repeat(steps * kinds)
         for image in np.flatnonzero((sizes == 0) | (sizes > allowed))[:1].tolist():
             step, kind = divmod(image, kinds)
             run, step = divmod(step, steps)
@@ -183,7 +183,7 @@ class Source:
     def _reads(self, video: Ints, tau: Ints, steps: int, entries: npt.NDArray[Any]) -> Iterator["_Read"]:
         """The contiguous pieces of runs, in order. Raises SampleError if one lies outside its shard."""
         begins = entries["offset"].min(axis=2).tolist()
-        ends = (entries["offset"] + entries["size"]).max(axis=2).tolist()
+        ends = np.maximum(entries["offset"] + entries["size"], entries["offset"]).max(axis=2).tolist()  # it may wrap
         # Forward and backward fields of a clip stand apart.
         pieces = (self.frames(video, tau, steps) // CLIP_FRAMES * 2 + self._backward[:steps]).tolist()
         for run, (row, start) in enumerate(zip(video.tolist(), tau.tolist(), strict=True)):

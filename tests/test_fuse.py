@@ -335,7 +335,10 @@ def test_svm_scores_agree_with_its_predictions(known):
         ({"dataset": "d2"}, "spatial scores are of dataset d1, temporal scores of d2"),
         ({"split_list": "split2_test"}, "of split_list split1_test, temporal scores of split2_test"),
         ({"video_ids": np.array([f"x{v}" for v in range(40)])}, "spatial and temporal scores .* name different videos"),
-        ({"classes": np.array([f"x{k}" for k in range(5)])}, "of 4 classes, temporal scores of 5 others"),
+        (
+            {"classes": np.array([f"x{k}" for k in range(5)]), "scores": np.full((40, 5), 0.2)},
+            "of 4 classes, temporal scores of 5 others",
+        ),
     ],
 )
 def test_scores_of_other_videos_are_refused(run, changes, message):

@@ -394,7 +394,7 @@ def test_an_image_that_kills_its_process_costs_only_itself(sources, tmp_path, mo
     ("kind", "options", "message"),
     [
         ("folder", ["--every", "5"], "every=5 is for videos"),
-        ("folder", ["--classes", os.devnull], "0 lines, 0 names"),
+        ("folder", ["--classes", os.devnull], "no regular file"),
         ("folder", ["--size", "4"], "size_px=4"),
         ("folder", ["--per-shard", "0"], "per_shard=0"),
         ("folder", ["--quality", "0"], "quality=0"),

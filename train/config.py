@@ -19,8 +19,27 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from flow.shard import write_bytes
+from flow.untrusted import read_bounded
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
+_MAX_YAML_BYTES = 1 << 20
+_MAX_LIST = 1000
+_MAX_TEXT = 4096
+#: Largest numbers that a run can need; other integers have 32 bits. No config asks for absurd memory by one of them.
+_LARGEST: dict[str, float] = {
+    "data.L": 256,
+    "data.crop_px": 4096,
+    "data.stacks_per_window": 256,
+    "data.num_threads": 1024,
+    "model.width": 16,
+    "train.batch_size": 1 << 16,
+    "train.bucket_mb": 1 << 16,
+    "train.seed": (1 << 63) - 1,
+    "eval.num_taus": 1 << 16,
+    "eval.num_taus_train": 1 << 16,
+    "eval.batch_size": 1 << 16,
+    "fuse.folds": 1000,
+}
 STREAMS = ("spatial", "temporal")
 Stream = Literal["spatial", "temporal"]
 
@@ -74,7 +93,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _require(
-            self.size == "auto" or (self.size.isdecimal() and int(self.size) >= 1),
+            self.size == "auto" or (self.size.isdecimal() and len(self.size) <= 4 and 1 <= int(self.size) <= 4096),
             f"data.size={self.size!r}: auto, the stored size, or the smaller side of the frames in px, such as 256.",
         )
         _require(self.L >= 1, f"data.L={self.L} must be at least 1.")
@@ -264,9 +283,9 @@ def resolve_config(name_or_file: str | Path, overrides: Sequence[str] = ()) -> C
         key, equals, text = override.partition("=")
         _require(bool(equals), f"override {override!r} is not of the form key=value, for example temporal.steps=300.")
         try:
-            flat[key.strip()] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ValueError(f"override {override!r} is not YAML: {error}") from None
+            flat[key.strip()] = _parse_yaml(text)
+        except ValueError as error:
+            raise ValueError(f"override {override!r:.200} is not YAML: {error}") from None
     return from_flat(flat)
 
 
@@ -292,10 +311,10 @@ def from_flat(flat: Mapping[str, Any]) -> Config:
     values: dict[str, dict[str, Any]] = {name: {} for name in sections}
     for key, value in flat.items():
         if key not in known:
-            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-            raise ValueError(f"unknown config key {key!r}; the nearest known key is {nearest!r}.")
+            nearest = difflib.get_close_matches(key[:100], known, n=1, cutoff=0.0)[0]
+            raise ValueError(f"unknown config key {key!r:.200}; the nearest known key is {nearest!r}.")
         section, name = key.split(".")
-        values[section][name] = _coerce(key, value, known[key])
+        values[section][name] = _bounded(key, _coerce(key, value, known[key]))
     return Config(**{name: sections[name](**values[name]) for name in sections})
 
 
@@ -330,12 +349,30 @@ def _find_config(name_or_file: str | Path) -> Path:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+        content = _parse_yaml(read_bounded(path, _MAX_YAML_BYTES).decode("utf-8"))
+    except ValueError as error:
         raise ValueError(f"{path} is not YAML: {error}") from None
     content = {} if content is None else content
-    _require(isinstance(content, dict), f"{path} must hold sections such as `train:` with keys, not {content!r}.")
+    _require(isinstance(content, dict), f"{path} must hold sections such as `train:` with keys, not {content!r:.200}.")
     return content
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML of plain values: an alias could stand for billions of values, and a tag is none of a config's business."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None) or event.anchor:
+            raise yaml.YAMLError(f"an alias, anchor or tag, expected plain values{event.start_mark}")
+        return super().compose_node(parent, index)
+
+
+def _parse_yaml(text: str) -> Any:
+    """Value of a YAML text. Raises ValueError for what is none."""
+    try:
+        return yaml.load(text, _PlainLoader)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(str(error)) from None
 
 
 def _flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -357,17 +394,31 @@ def _coerce(key: str, value: Any, hint: Any) -> Any:
     elif get_origin(hint) is Literal:
         if value in get_args(hint):
             return value
-        raise ValueError(f"{key}={value!r} must be one of {', '.join(map(str, get_args(hint)))}.")
+        raise ValueError(f"{key}={value!r:.200} must be one of {', '.join(map(str, get_args(hint)))}.")
     elif get_origin(hint) in (Union, types.UnionType):  # only X | None here
         return None if value is None else _coerce(key, value, get_args(hint)[0])
     elif hint is float:
         try:  # YAML 1.1 reads 1e-2 as a string: it wants 1.0e-2
             return float(value) if not isinstance(value, bool) else float("x")
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             pass
     elif type(value) is hint:  # not isinstance: True is an int
         return value
     elif hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)  # data.root=128 is a folder name
     expected = hint.__name__ if isinstance(hint, type) and get_origin(hint) is None else str(hint)
-    raise ValueError(f"{key}={value!r} is of type {type(value).__name__}; expected {expected}.")
+    raise ValueError(f"{key}={value!r:.200} is of type {type(value).__name__}; expected {expected}.")
+
+
+def _bounded(key: str, value: Any) -> Any:
+    """`value`, or a ValueError if it, or one in it, is out of all proportion."""
+    if isinstance(value, list):
+        _require(len(value) <= _MAX_LIST, f"{key} has {len(value)} values; expected at most {_MAX_LIST}.")
+        for item in value:
+            _bounded(key, item)
+    elif isinstance(value, str):
+        _require(len(value) <= _MAX_TEXT, f"{key} has {len(value)} characters; expected at most {_MAX_TEXT}.")
+    elif value is not None:
+        largest = _LARGEST.get(key, 1 << 31)
+        _require(abs(value) <= largest, f"{key}={value}: expected a number of at most {largest}.")  # NaN is none
+    return value

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from flow.untrusted import read_json
 from train.plan import MINI_SIZE_PX, Run, Setting, locate, run_config, stream_of
 
 #: Data set of the configs -> how it is packed.
@@ -38,8 +38,10 @@ def check_data(runs: Iterable[Run], setting: Setting) -> None:
         if not (path / "dataset.json").exists():
             how = f" with --out {path}: {PACKING[name]}" if name in PACKING else " with flow.pack"
             raise ValueError(f"{path} is no packed data set. Pack it{how}; or name the folder of all sets by --data.")
-        content = json.loads((path / "dataset.json").read_text("utf-8"))
-        classes[name] = {row["name"] for row in content["classes"]}
+        try:
+            classes[name] = {row["name"] for row in read_json(path / "dataset.json")["classes"]}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path / 'dataset.json'} is damaged: {error!r:.200}. Pack the set again.") from None
     for name, others in classes.items():
         if name != "imagenet_mini" and (both := others & classes.get("imagenet_mini", set())):
             raise ValueError(

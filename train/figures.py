@@ -10,7 +10,6 @@ recall RUN              Fig. 6: recall of each class
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,10 +18,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from flow.untrusted import read_json
 from train.canvas import DPI, new_figure, save_png
 from train.config import STREAMS
 from train.flow_figures import draw_flow, draw_stacking
 from train.results import Ints, per_class_recall
+
+_MAX_RESULTS_BYTES = 1 << 29
 
 # --- what is drawn -----------------------------------------------------------------------------------------------
 
@@ -64,20 +66,20 @@ def read_confusion(results: Path, method: str) -> tuple[Ints, list[str], str]:
     """
     path = results / "results.json" if results.is_dir() else results
     try:
-        content = json.loads(path.read_text())
-        methods = content["methods"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no results.json ({error!r}); write it with `python -m train.fuse`.") from None
-    name = next(iter(methods)) if method == "average" and len(methods) == 1 else method
-    if name not in methods:
+        content = read_json(path, _MAX_RESULTS_BYTES)
+        methods = dict(content["methods"])
+        name = next(iter(methods)) if method == "average" and len(methods) == 1 else method
+        found = methods.get(name)
+        if found is not None:
+            share = f"{found['accuracy_pct']:.1f} % of {found['num_videos']} videos"
+            caption = f"{found.get('title', name)}, {content['split_list']}: {share}"
+            classes = [str(name) for name in content["classes"]]
+            confusion = np.array(found["confusion"], np.int64).reshape(len(classes), len(classes))
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(f"{path} is no results.json ({error!r:.200}); write it with `python -m train.fuse`.") from None
+    if found is None:
         raise ValueError(f"{path} has no method {method!r}; it has {', '.join(methods)}.")
-    found = methods[name]
-    share = f"{found['accuracy_pct']:.1f} % of {found['num_videos']} videos"
-    return (
-        np.array(found["confusion"]),
-        content["classes"],
-        f"{found.get('title', name)}, {content['split_list']}: {share}",
-    )
+    return confusion, classes, caption
 
 
 # --- drawing -----------------------------------------------------------------------------------------------------

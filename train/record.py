@@ -15,15 +15,18 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import numpy.typing as npt
 
 from flow.resume import hold
 from flow.shard import write_json
+from flow.untrusted import read_json
 from train.plan import Scale
 from train.results import TOP, Results
+
+_MAX_BOOK_BYTES = 1 << 29
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,14 +143,31 @@ def read_book(path: Path, scale: Scale | None = None) -> Book:
     if scale is not None and not path.exists():
         return Book(scale=scale)
     try:
-        content = json.loads(path.read_text("utf-8"))
-        entries = [Entry(**row) for row in content.pop("runs")]
+        content = read_json(path, _MAX_BOOK_BYTES)
+        entries = [_entry(row) for row in content.pop("runs")]
         book = Book(**content, runs={entry.key: entry for entry in entries})
+        tables = (book.configs, book.lists, book.made_on)
+        if not all(isinstance(part, dict) and all(isinstance(v, dict) for v in part.values()) for part in tables):
+            raise ValueError("configs, lists and made_on hold tables")
+        if strange := [e.key for e in entries if e.made_on not in book.made_on or e.test_list not in {"", *book.lists}]:
+            raise ValueError(f"{strange[0]} refers to what is not there")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no results file of train.experiments ({error}); name another.") from error
     if scale not in (None, book.scale):
         raise ValueError(f"{path} holds results at scale {book.scale}, not {scale}; name another file by --results.")
     return book
+
+
+def _entry(row: dict[str, Any]) -> Entry:
+    """A row of a results file. Raises ValueError or TypeError for one that `write_book` would not have written."""
+    entry = Entry(**row)
+    for name, hint in get_type_hints(Entry).items():
+        value = getattr(entry, name)
+        if not isinstance(value, hint) and not (isinstance(value, int) and issubclass(float, hint)):
+            raise TypeError(f"{name}={value!r:.40} of a run is of type {type(value).__name__}")
+    if {*entry.correct, *entry.top5} - {"0", "1"}:
+        raise ValueError(f"correct and top5 of {entry.key} are of 0 and 1")
+    return entry
 
 
 def write_book(book: Book, path: Path) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import io
+import math
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
 from flow.shard import write_bytes
+from flow.untrusted import open_regular
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,16 +53,65 @@ def score_file(folder: Path, part: str) -> Path:
     return folder / f"scores_{part}.npz"
 
 
+#: What a file of anything may come to.
+_WRONG = (ValueError, KeyError, TypeError, AttributeError, OSError, EOFError, RuntimeError, MemoryError)
+
+
 def read_scores(path: Path) -> Scores:
     """Raises FileNotFoundError if there is no such file, ValueError if it is not one of `write_scores`."""
     if not path.is_file():
         raise FileNotFoundError(f"no scores at {path}: run `python -m train.evaluate RUN` on its run first.")
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            content = {part.name: arrays[part.name] for part in fields(Scores)}
-    except (KeyError, ValueError, OSError, EOFError) as error:
-        raise ValueError(f"{path} is no score file ({error}); delete it and evaluate again.") from error
-    return Scores(**{name: value.item() if value.ndim == 0 else value for name, value in content.items()})
+        with open_regular(path) as file:
+            content = _read_npz(file)
+        values: dict[str, Any] = {name: v.item() if v.ndim == 0 else v for name, v in content.items()}
+        scores = Scores(**values)
+        _check(scores)
+    except (*_WRONG, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is no score file ({error!r:.300}); delete it and evaluate again.") from error
+    return scores
+
+
+def _read_npz(file: BinaryIO) -> dict[str, npt.NDArray[Any]]:
+    """The arrays of Scores in a .npz file as `np.savez` writes it: no pickle, and nothing that is larger than the file,
+    which neither a compressed member nor a header that claims another shape could promise. Raises what it comes to.
+    """
+    arrays = {}
+    with zipfile.ZipFile(file) as archive:
+        for part in fields(Scores):
+            info = archive.getinfo(f"{part.name}.npy")
+            if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
+                raise ValueError(f"{info.filename} is compressed")
+            with archive.open(info) as member:
+                content = io.BytesIO(member.read())
+            if np.lib.format.read_magic(content) != (1, 0):
+                raise ValueError(f"{info.filename} is of another version than 1.0")
+            shape, by_column, dtype = np.lib.format.read_array_header_1_0(content)
+            if dtype.hasobject or math.prod(shape) * dtype.itemsize != content.getbuffer().nbytes - content.tell():
+                raise ValueError(f"{info.filename} claims shape {shape} of {dtype}, which its bytes are not")
+            flat = np.frombuffer(content.getbuffer(), dtype, offset=content.tell())
+            arrays[part.name] = flat.reshape(shape, order="F" if by_column else "C")
+    return arrays
+
+
+def _check(scores: Scores) -> None:
+    """Raise ValueError, or what else comes of it, unless scores are what the docstring of Scores says."""
+    num_videos, num_classes = scores.scores.shape
+    kinds = {"video_ids": "U", "labels": "i", "scores": "f", "num_views": "i", "classes": "U"}
+    shapes = {"classes": (num_classes,), "scores": (num_videos, num_classes)}
+    for name, kind in kinds.items():
+        array = getattr(scores, name)
+        if array.dtype.kind != kind or array.shape != shapes.get(name, (num_videos,)):
+            raise ValueError(f"{name} are {array.dtype} of shape {array.shape}")
+    for name in ("stream", "split_list", "dataset", "checkpoint"):
+        if not isinstance(getattr(scores, name), str):
+            raise ValueError(f"{name} is no text")
+    if not (np.isfinite(scores.scores).all() and (scores.scores >= 0).all()):
+        raise ValueError("a score is negative or not finite")
+    if not (np.abs(scores.scores.sum(1) - 1) < 1e-3).all():
+        raise ValueError("the scores of a video do not sum to 1")
+    if not (num_classes and (scores.labels >= 0).all() and (scores.labels < num_classes).all()):
+        raise ValueError(f"a label lies outside the {num_classes} classes")
 
 
 def check_aligned(sources: Mapping[str, Scores]) -> None:

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flow.untrusted import MAX_JSON_BYTES, read_lines
 from loaders.batch import StreamSpec
 from loaders.draw import Population, population
 from loaders.index import Index, open_index
@@ -132,7 +133,7 @@ def read_class_list(name_or_file: str) -> list[str]:
     if not path.is_file():
         known = sorted(known.stem for known in CONFIG_FOLDER.glob("*.txt"))
         raise ValueError(f"extra_classes={name_or_file!r}: no such list; known are {', '.join(known)}, or a .txt file.")
-    lines = (line.partition("#")[0].strip() for line in path.read_text("utf-8").splitlines())
+    lines = (line.partition("#")[0].strip() for line in read_lines(path, MAX_JSON_BYTES))
     return [line for line in lines if line]
 
 
