@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo
 
-.PHONY: help install demo test check bench clean
+.PHONY: help install demo test faults fuzz check bench clean
 
 help:                ## show this list
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/'
@@ -22,7 +22,14 @@ demo: install        ## generate videos, pack them, train both streams, test, fu
 	$(BIN)/python -m train.launch --gpus 0 --config demo --run $(DEMO)/run data.root=$(DEMO)/packed
 
 test: install        ## run the test suite (TWOSTREAM_DATA=folder adds the tests on real clips)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+faults: install      ## inject every fault for real, count what survives (minutes; make test has the short form)
+	$(BIN)/python -m tests.faults
+
+fuzz: install        ## feed mutated files to every reader (half an hour)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[fuzz]'
+	$(BIN)/python -m tests.fuzz
 
 check: install       ## lint and type check
 	$(BIN)/ruff check .

@@ -27,6 +27,16 @@ setup(
     ],
     extras_require={
         "bench": ["matplotlib>=3.8,<4", "psutil>=5.9,<8"],
-        "dev": ["two-stream[bench]", "pytest>=8,<10", "ruff>=0.8,<1", "mypy>=1.13,<3", "types-PyYAML", "types-tqdm"],
+        "dev": [
+            "two-stream[bench]",
+            "pytest>=8,<10",
+            "pytest-xdist>=3.6,<4",
+            "hypothesis>=6.100,<7",
+            "ruff>=0.8,<1",
+            "mypy>=1.13,<3",
+            "types-PyYAML",
+            "types-tqdm",
+        ],
+        "fuzz": ["two-stream[dev]", "atheris>=3,<4"],
     },
 )

@@ -1,4 +1,5 @@
-"""Writes the README's tables from benchmarks/results/*.json: `python benchmarks/readme.py`. A test compares the two."""
+"""Writes the tables of the README and of docs/reliability.md from benchmarks/results/*.json:
+`python benchmarks/readme.py`. A test compares them."""
 
 import json
 import re
@@ -6,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from promises import faults_table, fuzz_table, soak_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -246,7 +249,10 @@ def digits(value: float | None) -> str:
     return f"{value:,.0f}" if value >= 99.5 else f"{value:.1f}" if value >= 0.95 else f"{value:.2g}"
 
 
-TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+#: Name of a pair of markers -> results file, and what makes the table of it.
+Tables = dict[str, tuple[str, Callable[[dict[str, Any]], str]]]
+
+TABLES: Tables = {
     "accuracy": ("accuracy_ucf101_mini.json", accuracy_table),
     "confusion": ("accuracy_ucf101_mini.json", confusion_table),
     "throughput": ("loader_throughput.json", throughput_table),
@@ -260,18 +266,28 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
 }
 
 
-def render(text: str) -> str:
-    """The README with every table between its markers written anew."""
-    for name, (file, table) in TABLES.items():
+RELIABILITY: Tables = {
+    "faults": ("faults.json", faults_table),
+    "soak": ("soak.json", soak_table),
+    "fuzz": ("fuzz.json", fuzz_table),
+}
+
+PAGES = {"README.md": TABLES, "docs/reliability.md": RELIABILITY}
+
+
+def render(text: str, tables: Tables) -> str:
+    """A page with every table between its markers written anew."""
+    for name, (file, table) in tables.items():
         content = table(json.loads((RESULTS / file).read_text()))
         # Spelled as a function: the table's backslashes are no escapes.
         block = f"<!-- {name} -->\n\n{content}\n\n<!-- /{name} -->"
         text, count = re.subn(rf"<!-- {name} -->.*?<!-- /{name} -->", lambda _, block=block: block, text, flags=re.S)
         if count != 1:
-            raise ValueError(f"README.md has {count} places for the table {name!r}; expected one pair of markers.")
+            raise ValueError(f"The page has {count} places for the table {name!r}; expected one pair of markers.")
     return text
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
-    path.write_text(render(path.read_text()))
+    for name, tables in PAGES.items():
+        page = ROOT / name
+        page.write_text(render(page.read_text(), tables))

@@ -40,8 +40,8 @@ class Codec:
     def __post_init__(self) -> None:
         if (self.name, self.version) != (NAME, VERSION):
             raise ValueError(
-                f"The data are encoded with {self.name} version {self.version}, this code reads {NAME} version "
-                f"{VERSION}. Pack the videos again, or use the release that wrote them."
+                f"The data are encoded with {self.name!r:.40} version {self.version!r:.40}, this code reads {NAME} "
+                f"version {VERSION}. Pack the videos again, or use the release that wrote them."
             )
         if self.range not in ("per-field", "fixed") or (self.range == "fixed") != (self.bound_px is not None):
             raise ValueError(

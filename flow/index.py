@@ -199,7 +199,7 @@ def load_index(root: Path) -> tuple[dict[str, Any], Arrays]:
         check_classes(header["classes"])
         check_shards(header["shards"])
         _check_tables(arrays, len(header["classes"]), len(header["shards"]))
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, struct.error) as error:
         raise ShardError(f"{path} is damaged: {error}. {remedy}") from None
     return header, arrays
 

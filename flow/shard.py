@@ -313,7 +313,7 @@ def _read_clip_json(
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ShardError(f"{where}: the clip's JSON is damaged ({error}).") from None
     if version != FORMAT_VERSION:
-        raise ShardError(f"{where}: format version {version}, this code reads {FORMAT_VERSION}. Pack the set again.")
+        raise ShardError(f"{where}: format {version!r:.40}, this code reads {FORMAT_VERSION}. Pack the set again.")
     _check_header(where, name, header, columns)
     return header, columns
 

@@ -101,8 +101,9 @@ class Index:
             alike = slice(*(np.searchsorted(hashes, wanted_hashes[i], side) for side in ("left", "right")))
             found = [row for row in order[alike].tolist() if ids.name(row) == name]
             if not found:
+                shown = name[:200].decode("utf-8", "replace")
                 raise ValueError(
-                    f"{self.root} holds no video {name.decode()!r}. Check the split file, or pack the set again."
+                    f"{self.root} holds no video {shown!r}. Check the split file, or pack the set again."
                 )
             rows[i] = found[0]
         return rows

@@ -228,14 +228,15 @@ class Source:
         members = list(zip(*(read.entries[key].reshape(-1).tolist() for key in keys), strict=True))
         begins = range(at, at + len(members) * longest, longest)
         rows = [content[begin : begin + size] for begin, (_, size, _) in zip(begins, members, strict=True)]
-        order = sorted(range(len(members)), key=lambda i: members[i][0])  # backward fields come last one first
-        same = [i for i, j in zip(order[1:], order, strict=False) if members[i][0] == members[j][0]]  # a video's end
+        places = [member[:2] for member in members]
+        order = sorted(range(len(members)), key=places.__getitem__)  # backward fields come last one first
+        same = [i for i, j in zip(order[1:], order, strict=False) if places[i] == places[j]]  # a video's end
         once = [i for i in order if i not in same]
         with self._waiting(read) as file:
-            end = _scatter(file, [members[i][0] for i in once], [rows[i] for i in once])
-        copied = {members[i][0]: rows[i] for i in once} if same else {}
+            end = _scatter(file, [places[i][0] for i in once], [rows[i] for i in once])
+        copied = {places[i]: rows[i] for i in once} if same else {}
         for i in same:
-            rows[i][:] = copied[members[i][0]]
+            rows[i][:] = copied[places[i]]
         table, width = read.entries.tobytes(), read.entries.itemsize
         expected = (int(self.index.heights[read.video]), int(self.index.widths[read.video]), 3 if kinds == 1 else 1)
         header = self._headers.get(expected, b"-")

@@ -175,6 +175,7 @@ def test_bootstrap_intervals_widen_with_dependence():
     assert low < 100 * single.mean() < high
 
 
-def test_the_readmes_tables_are_those_of_the_results():
-    text = (ROOT / "README.md").read_text()
-    assert readme.render(text) == text
+@pytest.mark.parametrize("page", readme.PAGES)
+def test_the_tables_are_those_of_the_results(page):
+    text = (ROOT / page).read_text()
+    assert readme.render(text, readme.PAGES[page]) == text

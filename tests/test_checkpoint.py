@@ -1,16 +1,27 @@
 """A checkpoint is whole, or the former one, or an error that says what to do."""
 
 import os
+import resource
+from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 
 from train import checkpoint as module
-from train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from train.checkpoint import (
+    Checkpoint,
+    DamagedCheckpointError,
+    checkpoint_files,
+    load_checkpoint,
+    load_newest,
+    save_checkpoint,
+    set_aside,
+)
 
 
 def make(step=5, **changes):
-    net = {"weight": torch.arange(6.0).reshape(2, 3) + step}
+    net = {"weight": torch.arange(6.0).reshape(2, 3) + int(step)}
     optimizer = {"state": {0: {"momentum_buffer": torch.ones(2, 3)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
     fields = {"stream": "spatial", "step": step, "net": net, "optimizer": optimizer, "config": {"train.seed": 0}}
     return Checkpoint(**{**fields, "dataset": "d1", **changes})
@@ -83,3 +94,115 @@ def test_other_versions_data_sets_and_missing_files_are_named(tmp_path):
     torch.save({"format_version": 99}, path)
     with pytest.raises(ValueError, match="has checkpoint format 99; this program reads 1"):
         load_checkpoint(path)
+
+
+def test_the_last_ones_are_kept_and_at_every_instant_a_whole_one_is_there(tmp_path, monkeypatch):
+    path, replace, found = tmp_path / "checkpoint.pt", os.replace, []
+
+    def watched(source, target):
+        found.append(load_newest(path)[0])
+        replace(source, target)
+        found.append(load_newest(path)[0])
+
+    save_checkpoint(make(step=1), path, keep=3)
+    monkeypatch.setattr(os, "replace", watched)
+    for step in range(2, 6):
+        del found[:]
+        save_checkpoint(make(step=step), path, keep=3)
+        assert found[-1].step == step and {checkpoint.step for checkpoint in found[:-1]} == {step - 1}
+    assert [load_checkpoint(file).step for file in checkpoint_files(path)] == [5, 4, 3]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["checkpoint.pt", "checkpoint.pt.1", "checkpoint.pt.2"]
+
+
+def test_a_damaged_newest_falls_back_and_is_put_aside(tmp_path, caplog):
+    path = tmp_path / "checkpoint.pt"
+    assert load_newest(path) == (None, [])
+    for step in (1, 2):
+        save_checkpoint(make(step=step), path, keep=2)
+    path.write_bytes(path.read_bytes()[:-100])
+    checkpoint, damaged = load_newest(path)
+    assert (checkpoint.step, damaged) == (1, [path])
+    set_aside(damaged, path, 1)
+    assert "checkpoint.pt is damaged: it is now checkpoint.pt.damaged" in caplog.text and "of step 1" in caplog.text
+    save_checkpoint(make(step=2), path, keep=2)  # and does not push the good one out
+    assert [load_checkpoint(file).step for file in checkpoint_files(path)] == [2, 1]
+    for file in checkpoint_files(path):
+        file.write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="checkpoint.pt, checkpoint.pt.1 in .*no checkpoint is whole.*--resume never"):
+        load_newest(path)
+
+
+def test_another_data_set_is_no_damage(tmp_path):
+    save_checkpoint(make(step=1), tmp_path / "checkpoint.pt", keep=2)
+    save_checkpoint(make(step=2, dataset="d2"), tmp_path / "checkpoint.pt", keep=2)
+    with pytest.raises(ValueError, match="was trained on data set d2, not on d1"):
+        load_newest(tmp_path / "checkpoint.pt", dataset="d1")
+
+
+def test_a_flipped_bit_is_found_or_changes_nothing(tmp_path):
+    """torch.load alone reads most of these without a word."""
+    path, rng = tmp_path / "checkpoint.pt", np.random.default_rng(0)
+    save_checkpoint(make(), path)
+    content, num_found = path.read_bytes(), 0
+    for at, bit in zip(rng.integers(len(content), size=150), rng.integers(8, size=150), strict=True):
+        changed = bytearray(content)
+        changed[at] ^= 1 << bit
+        path.write_bytes(changed)
+        try:
+            loaded = load_checkpoint(path)
+        except DamagedCheckpointError:
+            num_found += 1
+            continue
+        assert (loaded.step, loaded.config, loaded.dataset) == (5, {"train.seed": 0}, "d1")
+        assert torch.equal(loaded.net["weight"], make().net["weight"])
+        assert torch.equal(loaded.optimizer["state"][0]["momentum_buffer"], torch.ones(2, 3))
+    assert num_found > 50
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"net": [1]}, "net is a list, expected a dict"),
+        ({"step": "5", "net": {}}, "step is a str, expected a int"),
+        ({"step": -1}, "step -1 of stream 'spatial'"),
+        ({"stream": "other"}, "step 5 of stream 'other'"),
+        ({"net": {"weight": 5}}, "net holds more than tensors"),
+        ({"config": {"a": bytearray(5)}}, "names .*bytearray, which no checkpoint needs"),
+    ],
+)
+def test_other_contents_are_named(tmp_path, change, message):
+    save_checkpoint(make(**change), tmp_path / "checkpoint.pt")
+    with pytest.raises(DamagedCheckpointError, match=message):
+        load_checkpoint(tmp_path / "checkpoint.pt")
+
+
+@contextmanager
+def file_size_limit(num_bytes):
+    former = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, former[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, former)
+
+
+@pytest.mark.parametrize("limit", [0, 100, 40_000])
+def test_a_disk_that_refuses_is_named_and_harms_nothing(tmp_path, limit):
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(make(step=5), path, keep=2)
+    before = path.read_bytes()
+    with (
+        file_size_limit(limit),
+        pytest.raises(OSError, match="cannot write .*checkpoint.pt: File too large.*make space"),
+    ):
+        save_checkpoint(make(step=6, net={"weight": torch.ones(200, 200)}), path, keep=2)
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"] and path.read_bytes() == before
+    save_checkpoint(make(step=6), path, keep=2)
+    assert [load_checkpoint(file).step for file in checkpoint_files(path)] == [6, 5]
+
+
+def test_no_fifo_is_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "checkpoint.pt")
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        load_checkpoint(tmp_path / "checkpoint.pt")
+    assert checkpoint_files(tmp_path / "checkpoint.pt") == []

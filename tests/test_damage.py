@@ -221,7 +221,7 @@ def test_a_damaged_tar_is_not_taken_for_a_short_one(copy, part):
 def test_another_encoding_is_refused(copy):
     text = (copy / "dataset.json").read_text()
     (copy / "dataset.json").write_text(text.replace('"version": 1', '"version": 2'))
-    with pytest.raises(ValueError, match="encoded with linear-jpeg version 2"):
+    with pytest.raises(ValueError, match="encoded with 'linear-jpeg' version 2"):
         open_index(copy)
 
 

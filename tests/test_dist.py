@@ -1,5 +1,13 @@
 """One process and two gloo processes: the same batches, masks, losses and scores."""
 
+import ctypes
+import logging
+import multiprocessing
+import os
+import re
+import signal
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -7,12 +15,14 @@ import torch
 from loaders.index import open_index
 from tests.tiny import tiny_config, tiny_overrides
 from train import launch as train_launch
-from train.dist import Machines, World, launch
+from train import watchdog
+from train.dist import Machines, ProcessFailedError, World, launch
 from train.engine import loader_module, loader_options
 from train.evaluate import scores_path
 from train.log import read_log
 from train.model import build_net, compute_logits, stream_spec
 from train.scores import read_scores
+from train.watchdog import Watchdog
 
 NUM_STEPS = 3
 
@@ -63,9 +73,10 @@ def test_two_processes_share_the_batches_and_masks_of_one(packed, tmp_path):
 
 @pytest.mark.dist
 def test_a_run_of_two_processes_has_the_losses_and_scores_of_one(packed, tmp_path, capfd):
+    """Clipped, too, by the norm of the global gradient."""
     for num_procs in (1, 2):
         run = ["--run", str(tmp_path / str(num_procs)), "--gpus", "0", "--procs", str(num_procs)]
-        train_launch.main([*run, *tiny_overrides(packed, eval__num_taus=3)])
+        train_launch.main([*run, *tiny_overrides(packed, eval__num_taus=3, train__clip_grad_norm=0.3)])
     assert capfd.readouterr().out.count("Two-stream, SVM") == 2  # one process speaks
     for stream in ("spatial", "temporal"):
         logs = [read_log(tmp_path / str(num_procs) / stream / "log.jsonl") for num_procs in (1, 2)]
@@ -128,19 +139,68 @@ def test_impossible_ways_of_sending_are_refused(packed, change, message):
         tiny_config(packed, **change)
 
 
-def fail(world, message):
+def die_then_fail(world, message, folder):
+    """At first process 1 is killed; after the restart it fails."""
     if world.rank == 1:
+        if not (folder / "killed").exists():
+            (folder / "killed").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
         raise ValueError(message)
-    world.barrier()
+    world.barrier("what never comes")
 
 
 @pytest.mark.dist
-def test_the_failure_of_one_process_ends_all_and_is_named(capfd):
-    with pytest.raises(Exception, match="FAILED"):
-        launch(Machines(num_procs=2), fail, "this is why")
+def test_processes_are_restarted_and_the_failure_of_one_ends_all_and_is_named(capfd, tmp_path):
+    with pytest.raises(ProcessFailedError, match="process . of 2 FAILED with exit code .*same command goes on"):
+        launch(Machines(num_procs=2, max_restarts=1), die_then_fail, "this is why", tmp_path, timeout_s=30)
     errors = capfd.readouterr().err
+    assert (tmp_path / "killed").exists() and "restart 1: going on from the last checkpoint" in errors
     assert "process 1 of 2 failed" in errors
     assert "ValueError: this is why" in errors
+
+
+def hang(holding_the_gil):
+    """A process that notes what it waits for, and waits for ever."""
+    logging.getLogger().handlers.clear()  # those that pytest has set up
+    dog = Watchdog("process 3 of 4", 0.2)
+    dog.note("something else")
+    time.sleep(0.5)
+    dog.note("the shard that never comes")
+    # Called so, the C library's sleep lets no other thread run.
+    ctypes.PyDLL(None).sleep(100) if holding_the_gil else time.sleep(100)
+
+
+@pytest.mark.parametrize("holding_the_gil", [False, True])
+def test_a_process_that_hangs_is_ended_and_says_what_it_waited_for(holding_the_gil, capfd, monkeypatch):
+    monkeypatch.setattr(watchdog, "_GRACE_S", 0.2)
+    process = multiprocessing.get_context("fork").Process(target=hang, args=(holding_the_gil,))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 1
+    errors = capfd.readouterr().err
+    if holding_the_gil:
+        assert "Timeout (0:00:01" in errors and "in hang" in errors
+    else:
+        assert re.search(r"process 3 of 4 has waited \d s for the shard that never comes", errors)
+        assert "the same command goes on from the last checkpoint" in errors.lower()
+
+
+def test_progress_and_rest_keep_a_watchdog_quiet(monkeypatch):
+    ended = []
+    monkeypatch.setattr(watchdog.Watchdog, "_end", lambda self, *what: ended.append(what))
+    dog = Watchdog("process 0 of 1", 0.1)  # patience: 1.11 s
+    for _ in range(15):
+        dog.note("the same words, noted again")
+        time.sleep(0.1)
+    dog.note(None)
+    time.sleep(1.5)
+    assert not ended
+    dog.note("the end")
+    deadline = time.monotonic() + 60
+    while not ended and time.monotonic() < deadline:
+        time.sleep(0.05)
+    dog.close()
+    assert ended[0][0] == "the end"
 
 
 @pytest.mark.parametrize(

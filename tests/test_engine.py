@@ -1,18 +1,21 @@
 """Training: resumed equals uninterrupted, to the bit; the update is the paper's; errors are named."""
 
 import math
+import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from flow.shard import ShardError
 from loaders import dali_loader
 from loaders.index import open_index
 from nets.cnn_m import CNNM
 from tests.tiny import tiny_config
 from train import engine
-from train.checkpoint import load_checkpoint
+from train.checkpoint import checkpoint_files, load_checkpoint
 from train.dist import World
 from train.log import read_log
 from train.model import build_net, stream_spec
@@ -124,9 +127,74 @@ def test_videos_too_short_for_training_are_reported(packed, tmp_path, caplog):
     assert "1 videos are too short for training" in caplog.text
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(packed, tmp_path):
-    with pytest.raises(FloatingPointError, match=r"spatial: the loss is (nan|inf) at step \d+; lower spatial.lr"):
+def test_a_loss_that_explodes_names_step_videos_and_what_to_do(packed, tmp_path):
+    videos = r"its videos were ((run|walk|sit)/[^,]+(, )?)+\."
+    with pytest.raises(
+        FloatingPointError,
+        match=r"spatial: the loss is (nan|inf|[0-9.e+]+) at step \d+; lower spatial.lr, .*No checkpoint yet: .*"
+        + videos,
+    ):
         train(tiny_config(packed, spatial__lr=1e8), "spatial", tmp_path)
+    assert not checkpoint_files(tmp_path / "checkpoint.pt")
+
+
+@pytest.mark.parametrize("log_every", [1, 1000])
+@pytest.mark.parametrize("step", [5, 8])
+def test_a_weight_that_is_not_finite_is_never_saved(packed, tmp_path, monkeypatch, log_every, step):
+    """After step 8 there would be a save; that of step 4 is good. The videos are those that the loader has drawn."""
+    update, drawn = engine.update, []
+
+    def spoiled(model, optimizer, lr, batch, *arguments):
+        drawn.append(sorted(set(open_index(packed).video_ids(batch.draw.video))))
+        loss = update(model, optimizer, lr, batch, *arguments)
+        if len(drawn) == step:
+            next(model.parameters()).data[0] = math.nan
+        return loss
+
+    monkeypatch.setattr(engine, "update", spoiled)
+    what = "the loss is nan at step 6" if step == 5 else "weights are not finite after step 8"
+    with pytest.raises(FloatingPointError, match=f"temporal: {what}; .* The checkpoint of step 4, ") as error:
+        train(tiny_config(packed, train__log_every=log_every), "temporal", tmp_path)
+    assert str(error.value).endswith(f"its videos were {', '.join(drawn[5 if step == 5 else 7])}.")
+    assert [load_checkpoint(file).step for file in checkpoint_files(tmp_path / "checkpoint.pt")] == [4]
+
+
+def test_a_damaged_newest_checkpoint_falls_back_and_ends_bitwise_equal(packed, tmp_path, uninterrupted, caplog):
+    shutil.copytree(uninterrupted / "temporal", tmp_path / "run")
+    path = tmp_path / "run" / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:5000])
+    train(tiny_config(packed), "temporal", tmp_path / "run")
+    assert "checkpoint.pt is damaged" in caplog.text and "of step 8" in caplog.text
+    assert losses(tmp_path / "run") == losses(uninterrupted / "temporal")
+    ours, theirs = (load_checkpoint(file).net for file in (path, uninterrupted / "temporal" / "checkpoint.pt"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_checkpoint_of_another_net_is_named(packed, tmp_path):
+    train(tiny_config(packed, temporal__steps=1), "temporal", tmp_path)
+    with pytest.raises(ValueError, match="checkpoint.pt is of another net than this config's"):
+        train(tiny_config(packed, model__width=0.0625), "temporal", tmp_path)
+
+
+def test_gradients_are_clipped_to_their_norm(packed):
+    """Without momentum and decay, the step is lr times the gradient, whose norm is at most the bound."""
+    config = tiny_config(packed, train__momentum=0, train__weight_decay=0, train__clip_grad_norm=0.5)
+    index = open_index(packed)
+    steps = {}
+    for bound in (None, 0.5, 1e9):
+        config.train.clip_grad_norm = bound
+        net = build_net(config, "temporal", 3, torch.device("cpu")).train()
+        before = torch.cat([parameter.detach().flatten() for parameter in net.parameters()])
+        loader = dali_loader.train_loader(
+            index, index.split("split1_train"), stream_spec(config, "temporal"), seed=0, batch_size=8
+        )
+        with loader:
+            optimizer = torch.optim.SGD(net.parameters(), momentum=0, weight_decay=0)
+            engine.update(net, optimizer, 1.0, next(loader), net.draw_masks(0, 0, batch_size=8), config)
+        steps[bound] = torch.cat([parameter.detach().flatten() for parameter in net.parameters()]) - before
+    norm = steps[None].norm()
+    assert norm > 0.6 and torch.equal(steps[1e9], steps[None])
+    torch.testing.assert_close(steps[0.5], steps[None] * 0.5 / norm, rtol=1e-3, atol=1e-6)
 
 
 def test_a_checkpoint_of_another_data_set_is_refused(packed, tmp_path, monkeypatch):
@@ -141,3 +209,33 @@ def test_a_checkpoint_of_another_data_set_is_refused(packed, tmp_path, monkeypat
 def test_bfloat16_trains_close_to_float32(packed, tmp_path, uninterrupted):
     train(tiny_config(packed, train__precision="bfloat16"), "spatial", tmp_path)
     np.testing.assert_allclose(losses(tmp_path), losses(uninterrupted / "spatial"), rtol=0.1)
+
+
+def test_videos_of_several_data_sets_are_named_by_their_own():
+    """Shares of 5 and 3 of a batch of 8: rank 0 has four of the first set, rank 1 one of it and all of the other."""
+    sets = [
+        SimpleNamespace(index=SimpleNamespace(video_ids=lambda rows, name=name: [f"{name}{row}" for row in rows]))
+        for name in "ab"
+    ]
+    tasks = SimpleNamespace(sets=sets)
+    for rank, expected in enumerate([["a7", "a8", "a9", "a10"], ["a7", "b8", "b9", "b10"]]):
+        world = World(rank=rank, world_size=2, device=torch.device("cpu"), num_threads=1)
+        assert engine._video_ids(np.arange(7, 11), tasks, [5, 3], world) == expected
+
+
+def test_training_goes_on_over_damage_if_it_may_and_logs_it(packed, tmp_path):
+    root = shutil.copytree(packed, tmp_path / "set")
+    index = open_index(root)
+    (row,) = index.rows(["run/long"])
+    places = index.entries["dx"]["offset"][index.first_row[row] :][:60].tolist()
+    with open(root / index.shards[index.shard[row]], "r+b") as file:
+        for place in places:  # every sample of the video
+            file.seek(place + 100)
+            file.write(bytes(50))
+    with pytest.raises(ShardError, match=r"run/long/0000.\d+.dx.jpg at offset \d+: damaged"):
+        train(tiny_config(root), "temporal", tmp_path / "raise")
+    train(tiny_config(root, data__on_damage="skip", data__max_damaged_pct=50), "temporal", tmp_path / "skip")
+    records = read_log(tmp_path / "skip" / "log.jsonl")
+    assert records[-1]["step"] == 10 and records[-1]["num_replaced"] >= records[0]["num_replaced"] > 0
+    with pytest.raises(ShardError, match="more than data.max_damaged_pct=0.0"):
+        train(tiny_config(root, data__on_damage="skip", data__max_damaged_pct=0), "temporal", tmp_path / "none")

@@ -86,3 +86,10 @@ def test_a_video_that_a_list_names_twice_is_noticed(packed):
 def test_evaluation_without_training_is_an_error(packed, tmp_path):
     with pytest.raises(FileNotFoundError, match="no checkpoint at .*train this stream first"):
         evaluate_stream(tiny_config(packed), "spatial", open_index(packed), tmp_path, ALONE)
+
+
+def test_a_checkpoint_of_another_net_is_named(packed, tmp_path):
+    index = open_index(packed)
+    save_net(tiny_config(packed), "spatial", index, tmp_path)
+    with pytest.raises(ValueError, match="checkpoint.pt is of another net than this config's"):
+        evaluate_stream(tiny_config(packed, model__width=0.0625), "spatial", index, tmp_path, ALONE)

@@ -49,7 +49,7 @@ def test_the_last_steps_can_be_repeated_alone(finished, capsys):
 
 def test_the_default_run_folder_follows_from_the_config(packed_demo, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(launch, "launch", lambda *_: None)
+    monkeypatch.setattr(launch, "launch", lambda *_, **__: None)
     for seed in (0, 0, 1):
         launch.main(["--gpus", "0", *tiny_overrides(packed_demo, train__seed=seed)])
     folders = sorted(path.name for path in (tmp_path / "runs").iterdir())
@@ -70,7 +70,8 @@ def test_starting_over_deletes_the_old_run_and_nothing_else(packed, tmp_path):
     run = tmp_path / "run"
     open_run(run, tiny_config(packed), "auto")
     (run / "spatial").mkdir()
-    for name in ("spatial/checkpoint.pt", "spatial/scores_test.npz", "results.json", "notes.txt", "spatial/notes.txt"):
+    checkpoints = [f"spatial/checkpoint.pt{suffix}" for suffix in ("", ".1", ".tmp", ".damaged")]
+    for name in (*checkpoints, "spatial/scores_test.npz", "results.json", "notes.txt", "spatial/notes.txt"):
         (run / name).write_text("old")
     open_run(run, tiny_config(packed, train__seed=1), "never")
     assert read_config(run / "config.yaml").train.seed == 1
@@ -81,6 +82,7 @@ def test_starting_over_deletes_the_old_run_and_nothing_else(packed, tmp_path):
     ("arguments", "message"),
     [
         (["--gpus", "99"], "--gpus 99: this machine has"),
+        (["--max-restarts", "-1"], "--max-restarts -1 must be at least 0"),
         (["--procs", "3"], "train.batch_size=8 cannot be split evenly over 3 processes"),
         (["data.stacks_per_window=3"], "batch of 8 cannot be shared evenly by 1 processes, in windows of 3 stacks"),
         (["train.sed=1"], "nearest known key is 'train.seed'"),
@@ -100,6 +102,20 @@ def test_errors_are_one_line_before_anything_starts(packed, tmp_path, arguments,
     assert not run.exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"spatial__lr": 1e8}, r"error: spatial: the loss is .* at step \d+; lower spatial.lr"),
+        ({"train__streams": "[temporal]"}, "error: .*checkpoint.pt in .*: no checkpoint is whole; .*--resume never"),
+    ],
+)
+def test_errors_of_the_run_are_one_line_too(packed, tmp_path, change, message):
+    (tmp_path / "run" / "temporal").mkdir(parents=True)
+    (tmp_path / "run" / "temporal" / "checkpoint.pt").write_bytes(b"damaged")
+    with pytest.raises(SystemExit, match=message):
+        launch.main(["--run", str(tmp_path / "run"), *tiny_overrides(packed, **change)])
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("loader", ["dali", "reference"])
 def test_a_run_on_a_gpu(packed_demo, tmp_path, loader):
@@ -115,7 +131,14 @@ def test_loaders_are_asked_for_a_kind_of_device(packed):
     """The process has chosen its GPU; the loaders know "cuda", not "cuda:3"."""
     world = World(rank=0, world_size=1, device=torch.device("cuda", 3), num_threads=5)
     options = loader_options(tiny_config(packed), world)
-    assert options == {"rank": 0, "world_size": 1, "device": "cuda", "num_threads": 5, "decoder": "auto", "timeout_s": 300.0}
+    assert options == {
+        "rank": 0,
+        "world_size": 1,
+        "device": "cuda",
+        "num_threads": 5,
+        "decoder": "auto",
+        "timeout_s": 300.0,
+    }
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """flow.pack: the same bytes however the work was cut up, and every video that cannot be packed is named."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -15,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from flow import fragment, pack
+from flow import fragment, pack, pool
 from flow.catalog import list_videos
 from flow.codec import Codec, decode_component, decode_rgb
 from flow.devices import count_gpus, count_workers
@@ -24,6 +25,8 @@ from flow.pool import run_pool, worker_number
 from flow.shard import read_clips
 from flow.video import import_cv2, read_frames, to_grey, write_video
 from tests.deadly import write_or_fail
+from tests.faults import processes
+from tests.faults.processes import is_running
 from tests.test_video import moving_frames, replace_frame
 
 
@@ -159,11 +162,29 @@ def test_workers_do_not_outlive_a_killed_parent(videos, tmp_path):
         time.sleep(0.05)
 
 
-def is_running(pid):
-    try:
-        return open(f"/proc/{pid}/stat").read().split(")")[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_end_a_pack_with_one_line_and_no_process(videos, tmp_path, stop):
+    out = tmp_path / "set"
+    process = processes.start("flow.pack", ["--videos", videos, "--out", out, "--method", "tvl1", "--workers", 2])
+    assert processes.wait_until(lambda: any(out.glob(".pack/run-*/*")) or process.poll() is not None)
+    family = processes.tree(process.pid)
+    assert len(family) >= 3
+    os.kill(process.pid, stop)  # to the parent alone, who has to see to the others
+    output = process.communicate(timeout=60)[0]
+    assert output == "Stopped. The same command goes on with the shards that are left.\n"
+    assert process.returncode == 128 + stop
+    assert processes.wait_until(lambda: not any(map(is_running, family)))
+    assert sorted(path.name for path in (out / ".pack").iterdir()) == ["lock", "settings.json"]
+
+
+def test_a_signal_that_an_import_swallows_comes_again(monkeypatch):
+    monkeypatch.setattr(pool, "_AGAIN_S", 0.05)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt, match=str(int(signal.SIGTERM))), pool.interruptible():
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_complete_pack_is_left_alone(videos, packed, capsys):

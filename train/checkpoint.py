@@ -1,9 +1,18 @@
-"""The state of one stream's training in one file: weights, optimizer, step, config."""
+"""The state of one stream's training in one file: weights, optimizer, step, config; and the files before it.
+
+checkpoint.pt      the newest
+checkpoint.pt.1    the one before
+checkpoint.pt.2    the one before that, ...
+"""
 
 from __future__ import annotations
 
+import logging
 import os
-import pickle
+import pickletools
+import re
+import zipfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +20,21 @@ from typing import Any
 import torch
 
 from flow.shard import publish
+from flow.untrusted import open_regular
+from train.config import STREAMS
+from train.disk import writing
+
+logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
-_FIELDS = ("stream", "step", "net", "optimizer", "config", "dataset")
+_FIELDS = {"stream": str, "step": int, "net": dict, "optimizer": dict, "config": dict, "dataset": str}
+
+#: All that the pickle in a checkpoint may name: tensors, and the dict of a state.
+_NAMES = re.compile(r"torch\._utils _rebuild_tensor_v2|collections OrderedDict|torch \w+Storage")
+
+
+class DamagedCheckpointError(ValueError):
+    """A checkpoint's bytes are not what was written, or never were a checkpoint."""
 
 
 @dataclass
@@ -33,15 +54,29 @@ class Checkpoint:
     dataset: str
 
 
-def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
-    """Write the checkpoint atomically: `path` holds the former one or this one, whatever happens meanwhile."""
+def save_checkpoint(checkpoint: Checkpoint, path: Path, *, keep: int = 1) -> None:
+    """Write the checkpoint atomically and keep `keep` in all: at every instant a whole one has a known name.
+
+    Raises OSError that names the file; what was there before is as it was.
+    """
     state = {name: getattr(checkpoint, name) for name in _FIELDS}
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        torch.save({"format_version": FORMAT_VERSION, **state}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    publish(temporary, path)
+    with writing(path):
+        try:
+            with open(temporary, "wb") as file:
+                torch.save({"format_version": FORMAT_VERSION, **state}, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except (OSError, RuntimeError) as error:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)  # it takes the space that is wanting
+            if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+                raise error.__context__ from error  # torch's writer covers the disk's own words
+            raise
+        for number in range(keep - 1, 0, -1):
+            with suppress(FileNotFoundError):
+                os.replace(_older(path, number - 1), _older(path, number))
+        publish(temporary, path)
 
 
 def load_checkpoint(path: Path, *, dataset: str | None = None) -> Checkpoint:
@@ -49,22 +84,116 @@ def load_checkpoint(path: Path, *, dataset: str | None = None) -> Checkpoint:
 
     Args:
         dataset: fingerprint of the packed data set in use; None accepts any.
-    Raises FileNotFoundError if there is none, ValueError if the file is damaged, of another version, or belongs to
-    another data set.
+    Raises FileNotFoundError if there is none, DamagedCheckpointError if a byte is not what was written, ValueError if
+    the file is of another version or belongs to another data set.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}: train this stream first.")
     try:
+        _check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it and train again, or put back a copy.") from error
-    if not isinstance(state, dict) or state.get("format_version") != FORMAT_VERSION:
-        found = state.get("format_version") if isinstance(state, dict) else None
+    except Exception as error:  # bytes from anywhere make the readers raise almost anything
+        raise _damaged(path, (str(error) or type(error).__name__).splitlines()[0]) from error
+    version = state.get("format_version") if isinstance(state, dict) else None
+    if version != FORMAT_VERSION:
+        found = version if isinstance(version, int) else "none"
         raise ValueError(f"{path} has checkpoint format {found}; this program reads {FORMAT_VERSION}.")
+    for name, kind in _FIELDS.items():
+        if not isinstance(state.get(name), kind):
+            raise _damaged(path, f"{name} is a {type(state.get(name)).__name__}, expected a {kind.__name__}")
     checkpoint = Checkpoint(**{name: state[name] for name in _FIELDS})
+    if checkpoint.step < 0 or checkpoint.stream not in STREAMS:
+        raise _damaged(path, f"step {checkpoint.step} of stream {checkpoint.stream[:20]!r}")
+    if not all(isinstance(value, torch.Tensor) for value in checkpoint.net.values()):
+        raise _damaged(path, "net holds more than tensors")
     if dataset is not None and checkpoint.dataset != dataset:
         raise ValueError(
             f"{path} was trained on data set {checkpoint.dataset}, not on {dataset}, which data.root and extra_roots "
             "hold now; put the old data set back or start another run."
         )
     return checkpoint
+
+
+def checkpoint_files(path: Path) -> list[Path]:
+    """The checkpoints that are kept under this name, the newest first."""
+    numbers = [int(file.name.rpartition(".")[2]) for file in path.parent.glob(f"{path.name}.*") if _is_numbered(file)]
+    return [file for file in (_older(path, number) for number in (0, *sorted(numbers))) if file.is_file()]
+
+
+def load_newest(path: Path, *, dataset: str | None = None) -> tuple[Checkpoint | None, list[Path]]:
+    """The newest checkpoint that is whole, None if none was ever written; and the newer ones, which are damaged.
+
+    Raises ValueError if all are damaged, and as `load_checkpoint` does.
+    """
+    damaged: list[Path] = []
+    for file in checkpoint_files(path):
+        try:
+            return load_checkpoint(file, dataset=dataset), damaged
+        except DamagedCheckpointError as error:
+            damaged.append(file)
+            last_error = error
+    if damaged:
+        raise ValueError(
+            f"{', '.join(file.name for file in damaged)} in {path.parent}: no checkpoint is whole; the last: "
+            f"{last_error} Or start over with --resume never."
+        )
+    return None, []
+
+
+def load_state(target: torch.nn.Module | torch.optim.Optimizer, state: dict[str, Any], path: Path) -> None:
+    """Load a checkpoint's state into a net or an optimizer. Raises ValueError if it is that of another."""
+    try:
+        target.load_state_dict(state)
+    except Exception as error:  # a state that is none makes torch raise almost anything
+        raise ValueError(f"{path} is of another net than this config's: {str(error)[:1000]}") from error
+
+
+def set_aside(damaged: list[Path], path: Path, step: int) -> None:
+    """Rename damaged checkpoints, or the next save would keep them in the place of good ones; and say so."""
+    for file in damaged:
+        aside = path.with_name(f"{path.name}.damaged")
+        logger.warning(
+            "%s is damaged: it is now %s, and training goes on from the checkpoint before it, of step %d",
+            file,
+            aside.name,
+            step,
+        )
+        os.replace(file, aside)
+
+
+def _older(path: Path, number: int) -> Path:
+    """The checkpoint `number` saves before the newest."""
+    return path.with_name(f"{path.name}.{number}") if number else path
+
+
+def _is_numbered(file: Path) -> bool:
+    return re.fullmatch(r"[1-9][0-9]{0,8}", file.name.rpartition(".")[2], re.ASCII) is not None
+
+
+def _check_archive(path: Path) -> None:
+    """Compare every member with its CRC-32, which torch does not, and see what the pickle names.
+
+    Raises ValueError, zipfile.BadZipFile, and what zipfile and pickletools do when they meet other bytes.
+    """
+    with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+        members = archive.infolist()
+        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+            raise ValueError("a compressed member, which torch does not write")
+        if sum(member.file_size for member in members) > path.stat().st_size:
+            raise ValueError("members larger than the file")
+        broken = archive.testzip()
+        if broken is not None:
+            raise ValueError(f"the bytes of {broken} do not match their CRC-32")
+        (pickled,) = [member for member in members if member.filename.endswith("/data.pkl")]
+        for code, name, _ in pickletools.genops(archive.read(pickled)):
+            if code.name in ("GLOBAL", "STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4") and not _NAMES.fullmatch(
+                str(name)
+            ):
+                raise ValueError(f"it names {name}, which no checkpoint needs")
+
+
+def _damaged(path: Path, why: str) -> DamagedCheckpointError:
+    return DamagedCheckpointError(
+        f"{path} is damaged ({why[:300]}). Put back a copy, or delete it: training then goes on from the checkpoint "
+        "before it, or begins again."
+    )

@@ -4,29 +4,52 @@ from __future__ import annotations
 
 import argparse
 import logging
+import multiprocessing
 import os
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from datetime import timedelta
+from types import FrameType
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.nn.parallel import DistributedDataParallel
+
+from train.interrupt import children_unaware, ending_at_once, obey, say_stopped
+from train.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
 
+class ProcessFailedError(Exception):
+    """One of several processes failed, more often than it may be restarted; it has logged why."""
+
+
 @dataclass(frozen=True)
 class World:
-    """This process among all: rank in [0, world_size), the device it computes on, the CPU threads it may use."""
+    """This process among all: rank in [0, world_size), the device it computes on, the CPU threads it may use.
+
+    watchdog: ends the process when it waits too long; None does not.
+    """
 
     rank: int
     world_size: int
     device: torch.device
     num_threads: int
+    watchdog: Watchdog | None = None
+
+    def at(self, what: str | None) -> None:
+        """Note what the process waits for from now on, for the watchdog; None: nothing that has to end soon."""
+        if self.watchdog:
+            self.watchdog.note(what)
 
     @property
     def is_main(self) -> bool:
@@ -63,8 +86,9 @@ class World:
             dist.all_reduce(values)
         return values
 
-    def barrier(self) -> None:
-        """Wait until every process is here."""
+    def barrier(self, what: str = "the other processes") -> None:
+        """Wait until every process is here. what: the reason, for the watchdog."""
+        self.at(what)
         if self.world_size > 1:
             dist.barrier()
 
@@ -74,7 +98,7 @@ class Machines:
     """Where a run computes. num_gpus, num_procs: per machine; num_gpus = 0 is the CPU, else a process has one GPU.
 
     num_nodes machines find each other at `rdzv_endpoint` (host:port of one of them) under the name `rdzv_id`; these are
-    the options of torch's elastic launcher.
+    the options of torch's elastic launcher. max_restarts: how often it starts all processes anew when one has failed.
     """
 
     num_gpus: int = 0
@@ -83,6 +107,7 @@ class Machines:
     rdzv_backend: str = "c10d"
     rdzv_endpoint: str = ""
     rdzv_id: str = "twostream"
+    max_restarts: int = 0
 
     @property
     def world_size(self) -> int:
@@ -90,7 +115,7 @@ class Machines:
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
-        """Add --gpus, --procs, --nodes and the rendezvous options."""
+        """Add --gpus, --procs, --nodes, --max-restarts and the rendezvous options."""
         parser.add_argument("--gpus", type=int, default=0, help="GPUs of this machine to use; 0 (default): the CPU")
         parser.add_argument("--procs", type=int, help="processes on this machine; default 1 per GPU, 1 on the CPU")
         parser.add_argument(
@@ -98,6 +123,12 @@ class Machines:
             type=int,
             default=1,
             help="machines; run the same command on each, with one --run folder that all see",
+        )
+        parser.add_argument(
+            "--max-restarts",
+            type=int,
+            default=0,
+            help="times to go on from the last checkpoint when a process fails or is killed; default 0",
         )
         parser.add_argument("--rdzv-endpoint", default="", help="host:port of one of the machines")
         parser.add_argument("--rdzv-id", default="twostream", help="name of the job, the same on every machine")
@@ -112,6 +143,7 @@ class Machines:
             rdzv_backend=options.rdzv_backend,
             rdzv_endpoint=options.rdzv_endpoint,
             rdzv_id=options.rdzv_id,
+            max_restarts=options.max_restarts,
         )
 
     def check(self, batch_size: int | None = None) -> None:
@@ -126,6 +158,8 @@ class Machines:
             raise ValueError(f"--procs {self.num_procs} with --gpus {self.num_gpus}: a GPU has exactly one process.")
         if self.num_procs < 1 or self.num_nodes < 1:
             raise ValueError(f"--procs {self.num_procs} --nodes {self.num_nodes}: both must be at least 1.")
+        if self.max_restarts < 0:
+            raise ValueError(f"--max-restarts {self.max_restarts} must be at least 0.")
         if self.num_nodes > 1 and not self.rdzv_endpoint:
             raise ValueError(f"--nodes {self.num_nodes} needs --rdzv-endpoint HOST:PORT, the same on every machine.")
         if batch_size is not None and batch_size % self.world_size:
@@ -135,19 +169,29 @@ class Machines:
             )
 
 
-def launch(machines: Machines, work: Callable[..., None], *args: Any) -> None:
+def launch(machines: Machines, work: Callable[..., None], *args: Any, timeout_s: float | None = None) -> None:
     """Run `work(world, *args)` in every process: here if there is only one, else in children of the elastic launcher.
 
-    `work` must be importable and `args` picklable. Raises what `work` raises, or the launcher's ChildFailedError; the
-    process that failed has then logged why.
+    `work` must be importable and `args` picklable. Children are used for one process too if it may be restarted.
+
+    Args:
+        timeout_s: longest wait of a process between two `world.at`, and a bit more for other processes; None: any.
+    Raises what `work` raises, or ProcessFailedError. SIGINT and SIGTERM end all processes at once: SystemExit.
     """
     num_threads = max(1, len(os.sched_getaffinity(0)) // machines.num_procs)
-    device_type = "cuda" if machines.num_gpus else "cpu"
-    if machines.world_size == 1:
-        _in_this_process(device_type, num_threads, work, args)
+    fixed = ("cuda" if machines.num_gpus else "cpu", num_threads, timeout_s, work, args)
+    if machines.world_size == 1 and not machines.max_restarts:
+        with ending_at_once():
+            _in_this_process(*fixed)
         return
     # OpenMP libraries count their threads when a child starts, before it could call torch.set_num_threads.
     os.environ.setdefault("OMP_NUM_THREADS", str(num_threads))
+    for name in ("agent.server.api", "multiprocessing.api"):  # what they warn of is what they do when told to stop
+        logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.ERROR)
+    # A store in rank 0, new with each restart: in the launcher's own, the processes would meet addresses of the dead.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    # Children end at once when told to; the default of 30 s is for those that are still importing, or stopped.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "1")
     options = LaunchConfig(
         min_nodes=machines.num_nodes,
         max_nodes=machines.num_nodes,
@@ -156,12 +200,47 @@ def launch(machines: Machines, work: Callable[..., None], *args: Any) -> None:
         rdzv_backend=machines.rdzv_backend,
         rdzv_endpoint=machines.rdzv_endpoint or "localhost:0",  # port 0: any free one
         local_addr="localhost" if machines.num_nodes == 1 else None,
-        max_restarts=0,
+        max_restarts=machines.max_restarts,
     )
-    elastic_launch(options, _in_this_process)(device_type, num_threads, work, args)
+    try:
+        with children_unaware(_stop):
+            elastic_launch(options, _in_child)(*fixed)
+    except SignalException as error:
+        say_stopped(error.sigval)
+        raise SystemExit(128 + error.sigval) from None
+    except ChildFailedError as error:
+        number, failure = error.get_first_failure()
+        raise ProcessFailedError(
+            f"process {number} of {machines.world_size} FAILED with exit code {failure.exitcode}; what it logged above "
+            "says why. The same command goes on from the last checkpoint."
+        ) from error
 
 
-def _in_this_process(device_type: str, num_threads: int, work: Callable[..., None], args: tuple[Any, ...]) -> None:
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    """What the elastic launcher does on a signal, for the moments before and after it."""
+    raise SignalException(f"signal {number}", signal.Signals(number))
+
+
+def _in_child(*fixed: Any) -> None:
+    """`_in_this_process` in a child of the elastic launcher."""
+    obey()
+    parent = multiprocessing.parent_process()
+    if parent is None or not parent.is_alive():  # from now on its death would end us
+        os._exit(1)
+    restart = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    if restart and os.environ["RANK"] == "0":
+        logger.warning("restart %d: going on from the last checkpoint", restart)
+    try:
+        _in_this_process(*fixed)
+    except BaseException:
+        # The others will fail too, for want of this process, and the launcher may report one of them instead.
+        logger.exception("process %s of %s failed", os.environ["RANK"], os.environ["WORLD_SIZE"])
+        os._exit(1)  # a thread that hangs would keep the process from ending
+
+
+def _in_this_process(
+    device_type: str, num_threads: int, timeout_s: float | None, work: Callable[..., None], args: tuple[Any, ...]
+) -> None:
     """Join the processes that the elastic launcher describes in the environment, if it does, and work."""
     rank, world_size, local_rank = (
         int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
@@ -171,15 +250,30 @@ def _in_this_process(device_type: str, num_threads: int, work: Callable[..., Non
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     torch.set_num_threads(num_threads)
-    world = World(rank, world_size, device, num_threads)
-    if world_size == 1:
-        work(world, *args)
-        return
-    dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+    watchdog = Watchdog(f"process {rank} of {world_size}", timeout_s) if timeout_s else None
+    world = World(rank, world_size, device, num_threads, watchdog)
     try:
-        work(world, *args)
-    except BaseException:
-        # The others will fail too, for want of this process, and the launcher may report one of them instead.
-        logger.exception("process %d of %d failed", rank, world_size)
+        with _joined(world, timeout_s):
+            work(world, *args)
+    except BaseException as error:
+        if watchdog:
+            error.add_note(f"process {rank} of {world_size} waited for {watchdog.noted}")
         raise
+    finally:
+        if watchdog:
+            watchdog.close()
+
+
+@contextmanager
+def _joined(world: World, timeout_s: float | None) -> Iterator[None]:
+    """The process group. Its own time-out is longer than a watchdog's, which can say more."""
+    if world.world_size == 1:
+        yield
+        return
+    world.at("the other processes to start")
+    dist.init_process_group(
+        "nccl" if world.device.type == "cuda" else "gloo",
+        timeout=timedelta(seconds=2 * timeout_s + 60) if timeout_s else None,
+    )
+    yield
     dist.destroy_process_group()

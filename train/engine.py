@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
@@ -22,9 +21,18 @@ from loaders.joint import JointLoader, Part, part_slots
 from loaders.rescale import check_crop
 from loaders.source import Source
 from nets.cnn_m import CNNM, output_px
-from train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from train.checkpoint import (
+    Checkpoint,
+    checkpoint_files,
+    load_checkpoint,
+    load_newest,
+    load_state,
+    save_checkpoint,
+    set_aside,
+)
 from train.config import Config, from_flat, to_flat
 from train.dist import World
+from train.guard import Ints, LossGuard
 from train.log import TrainLog
 from train.meter import GpuTimeline, Meter
 from train.model import LAST_LAYER, build_net, build_optimizer, check_init, compute_logits, start_from, stream_spec
@@ -73,7 +81,7 @@ def check_stream(config: Config, stream: str, index: Index, world_size: int, fol
             check_crop(data.index, data.index.split(data.test_list), spec)
     batch_shares(tasks, config, stream, spec)
     init = config.stream(stream).init
-    if init and not (folder and (folder / CHECKPOINT).exists()):
+    if init and not (folder and checkpoint_files(folder / CHECKPOINT)):
         if not Path(init).is_file():
             raise FileNotFoundError(f"init={init}: no such checkpoint. Run the config that makes it, or name another.")
         checkpoint = load_checkpoint(Path(init))
@@ -95,24 +103,27 @@ def _check_trained_on(checkpoint: Checkpoint, tasks: Tasks) -> None:
 def train_stream(config: Config, stream: str, index: Index, folder: Path, world: World) -> None:
     """Train one stream up to its last step, from the folder's checkpoint if there is one.
 
-    Leaves in `folder`: checkpoint.pt, log.jsonl and TensorBoard events. On the CPU a run that was stopped anywhere and
-    continued has bitwise the losses of one that was not.
-    Raises ValueError if the checkpoint belongs to another data set, FloatingPointError if the loss is not finite.
+    Leaves in `folder`: checkpoint.pt and those before it, log.jsonl and TensorBoard events. On the CPU a run that was
+    stopped anywhere and continued has bitwise the losses of one that was not.
+    Raises ValueError if the checkpoint belongs to another data set or none is whole, FloatingPointError if the loss is
+    not finite or explodes, OSError if a file cannot be written.
     """
     train, schedule = config.train, config.stream(stream)
+    path = folder / CHECKPOINT
+    world.at(f"the {stream} net, its data and {path}")
     tasks = open_tasks(config, stream, index)
     shares = batch_shares(tasks, config, stream, stream_spec(config, stream))
-    net = _begin(config, stream, tasks, world, resumed=(folder / CHECKPOINT).exists())
+    net = _begin(config, stream, tasks, world, resumed=bool(checkpoint_files(path)))
     optimizer = build_optimizer(net, config)
-    start_step = _restore(net, optimizer, folder / CHECKPOINT, tasks)
-    compute_loss = _loss_of(tasks, shares, world)
-    _check_same_step(start_step, folder, world)
+    start_step = _restore(net, optimizer, path, tasks, world)
     logger.info("%s: training steps %d to %d", stream, start_step, schedule.steps)
     if start_step == schedule.steps:
         return
     if train.compile:
         net.compile()
     model = world.wrap(net.train(), bucket_mb=train.bucket_mb, gradient_compression=train.gradient_compression)
+    guard = LossGuard(stream, path, start_step, world, lambda rows: _video_ids(rows, tasks, shares, world))
+    compute_loss = _loss_of(tasks, shares, world)
     with (
         _train_loader(config, stream, tasks, shares, start_step, world) as loader,
         _open_log(folder, start_step, world) as log,
@@ -125,20 +136,28 @@ def train_stream(config: Config, stream: str, index: Index, folder: Path, world:
             total=schedule.steps,
             disable=None if world.is_main else True,
         ):
+            done = step + 1
+            world.at(f"the {stream} batch of step {done}")
             batch = meter.next(loader)
+            world.at(f"the {stream} update of step {done}, in which all processes take part")
             lr = learning_rate(step, schedule.lr, schedule.milestones)
             masks = net.draw_masks(
                 train.seed, step, batch_size=train.batch_size, rank=world.rank, world_size=world.world_size
             )
             loss = update(model, optimizer, lr, batch, masks, config, compute_loss)
+            guard.add(done, loss, batch.draw.video)
             meter.count(train.batch_size)
-            done = step + 1
             if done % train.log_every == 0 or done == schedule.steps:
-                record = {"step": done, "loss": _finite_mean(loss, stream, done, world), "lr": lr, **meter.lap()}
+                record = {"step": done, "loss": guard.look(), "lr": lr, **meter.lap()}
+                if config.data.on_damage == "skip":
+                    record["num_replaced"] = loader.num_replaced
                 if log is not None:
                     log.write(record)
             if done % train.checkpoint_every == 0 or done == schedule.steps:
-                _save(net, optimizer, done, config, stream, tasks, folder, world)
+                guard.look()
+                guard.check_weights(net, done)
+                _save(net, optimizer, done, config, stream, tasks, path, world)
+                guard.saved = done
 
 
 def mean_loss(logits: Tensor, batch: Batch) -> Tensor:
@@ -187,16 +206,10 @@ def update(
     loss = compute_loss(compute_logits(model, batch.inputs, masks, config), batch)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
+    if config.train.clip_grad_norm is not None:  # the gradients, and so their norm, are the same in every process
+        nn.utils.clip_grad_norm_(model.parameters(), config.train.clip_grad_norm)
     optimizer.step()
     return loss.detach()
-
-
-def _finite_mean(loss: Tensor, stream: str, step: int, world: World) -> float:
-    """Mean loss of the global batch; on a GPU this waits for the step."""
-    mean = world.sum(loss.double()).item() / world.world_size
-    if not math.isfinite(mean):
-        raise FloatingPointError(f"{stream}: the loss is {mean} at step {step}; lower {stream}.lr.")
-    return mean
 
 
 def _train_loader(
@@ -234,14 +247,26 @@ def _open_log(folder: Path, start_step: int, world: World) -> AbstractContextMan
     return TrainLog(folder, start_step)
 
 
-def _restore(net: nn.Module, optimizer: torch.optim.SGD, path: Path, tasks: Tasks) -> int:
-    """Load net and optimizer from the checkpoint at `path`, if there is one. Returns the number of updates done."""
-    if not path.exists():
-        return 0
-    checkpoint = load_checkpoint(path, dataset=tasks.fingerprint)
-    net.load_state_dict(checkpoint.net)
-    optimizer.load_state_dict(checkpoint.optimizer)
-    return checkpoint.step
+def _video_ids(rows: Ints, tasks: Tasks, shares: Sequence[int], world: World) -> list[str]:
+    """Names of the videos of this process's slice of a batch, in which one data set's samples follow another's."""
+    names, at = [], 0
+    for data, (begin, end) in zip(tasks.sets, part_slots(shares, world.rank, world.world_size), strict=True):
+        names += data.index.video_ids(rows[at : at + end - begin])
+        at += end - begin
+    return names
+
+
+def _restore(net: nn.Module, optimizer: torch.optim.SGD, path: Path, tasks: Tasks, world: World) -> int:
+    """Load net and optimizer from the newest whole checkpoint, if there is one. Returns the number of updates done."""
+    checkpoint, damaged = load_newest(path, dataset=tasks.fingerprint)
+    if checkpoint:
+        load_state(net, checkpoint.net, path)
+        load_state(optimizer, checkpoint.optimizer, path)
+    step = checkpoint.step if checkpoint else 0
+    _check_same_step(step, path.parent, world)  # now all have read
+    if world.is_main:
+        set_aside(damaged, path, step)
+    return step
 
 
 def _check_same_step(start_step: int, folder: Path, world: World) -> None:
@@ -263,10 +288,11 @@ def _save(
     config: Config,
     stream: str,
     tasks: Tasks,
-    folder: Path,
+    path: Path,
     world: World,
 ) -> None:
     if world.is_main:
+        world.at(f"{path} of step {step} to be written")
         state = Checkpoint(stream, step, net.state_dict(), optimizer.state_dict(), to_flat(config), tasks.fingerprint)
-        save_checkpoint(state, folder / CHECKPOINT)
-    world.barrier()  # nobody reads, or ends, before the file is there
+        save_checkpoint(state, path, keep=config.train.keep_checkpoints)
+    world.barrier(f"process 0 to write {path} of step {step}")  # nobody reads, or ends, before the file is there

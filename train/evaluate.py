@@ -21,9 +21,10 @@ from tqdm import tqdm
 
 from loaders.index import Index, open_index
 from loaders.views import VIEWS
-from train.checkpoint import load_checkpoint
+from train.checkpoint import load_checkpoint, load_state
 from train.config import Config, read_config
-from train.dist import Machines, World, launch
+from train.disk import writing
+from train.dist import Machines, ProcessFailedError, World, launch
 from train.engine import CHECKPOINT, loader_module, loader_options
 from train.model import build_net, compute_logits, stream_spec
 from train.scores import Scores, read_scores, score_file, write_scores
@@ -56,12 +57,13 @@ def evaluate_stream(config: Config, stream: str, index: Index, run: Path, world:
     Raises FileNotFoundError without a checkpoint, ValueError if it belongs to another data set.
     """
     path = run / stream / CHECKPOINT
+    world.at(f"{path} to be read")
     tasks = open_tasks(config, stream, index)
     checkpoint = load_checkpoint(path, dataset=tasks.fingerprint)
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     net = build_net(config, stream, sum(tasks.num_outputs), world.device)
-    net.load_state_dict(checkpoint.net)
+    load_state(net, checkpoint.net, path)
     num_taus = {"test": config.eval.num_taus, "train": config.eval.num_taus_train}
     parts = [part for part in PARTS if num_taus[part]]
     wanted = [(data, data.test_list, part) for data in tasks.sets if data.test_list for part in parts]
@@ -76,6 +78,7 @@ def evaluate_stream(config: Config, stream: str, index: Index, run: Path, world:
         rows = data.index.split(split_list)
         columns = tasks.columns(data.task)
         columns = slice(columns.start, columns.start + len(data.index.classes))  # without classes added for training
+        world.at(f"the first {stream} views of {split_list}")
         scores, num_views = score_videos(net, config, stream, data.index, rows, num_taus[part], world, columns)
         if world.is_main:
             result = Scores(
@@ -89,9 +92,10 @@ def evaluate_stream(config: Config, stream: str, index: Index, run: Path, world:
                 dataset=data.index.fingerprint,
                 checkpoint=digest,
             )
-            out.parent.mkdir(parents=True, exist_ok=True)
-            write_scores(result, out)
-    world.barrier()  # every score file is there before anyone reads it
+            with writing(out):
+                out.parent.mkdir(parents=True, exist_ok=True)
+                write_scores(result, out)
+    world.barrier("process 0 to write the scores")  # every file is there before anyone reads it
 
 
 def score_videos(
@@ -124,12 +128,14 @@ def score_videos(
     net.eval()
     with loader, torch.inference_mode():
         for batch in tqdm(loader, desc=f"{stream} views", disable=None if world.is_main else True):
+            world.at(f"the {stream} views of {index.video_ids(batch.draw.video[:1])[0]}, and those after them")
             probabilities = compute_logits(net, batch.inputs, None, config)[:, columns].softmax(1)
             # Padding has a slot too, any will do, and weight 0.
             slots = torch.from_numpy(slot_of_row[batch.draw.video]).to(world.device)
             valid = torch.from_numpy(batch.draw.valid).to(world.device)
             sums.index_add_(0, slots, probabilities.double() * valid[:, None])
             counts.index_add_(0, slots, valid.long())
+    world.at(f"the other processes' {stream} scores")
     world.sum(sums)
     world.sum(counts)
     num_views = counts.cpu().numpy()
@@ -167,7 +173,10 @@ def main(arguments: list[str] | None = None) -> None:
             open_tasks(config, stream, index)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    launch(machines, _evaluate, config, options.run, options.force)
+    try:
+        launch(machines, _evaluate, config, options.run, options.force, timeout_s=config.train.timeout_s)
+    except (ValueError, OSError, ProcessFailedError) as error:
+        sys.exit(f"error: {error}")
 
 
 def _evaluate(world: World, config: Config, run: Path, force: bool) -> None:

@@ -12,10 +12,12 @@ from pathlib import Path
 
 from loaders.index import open_index
 from train.config import STREAMS, Config, differing_keys, read_config, resolve_config, short_hash, write_config
-from train.dist import Machines, World, launch
+from train.disk import writing
+from train.dist import Machines, ProcessFailedError, World, launch
 from train.engine import CHECKPOINT, check_stream, train_stream
 from train.evaluate import evaluate_stream, scored
 from train.fuse import fuse_runs, report, write_results
+from train.interrupt import ending_at_once
 
 
 def open_run(run: Path, config: Config, resume: str) -> None:
@@ -34,13 +36,14 @@ def open_run(run: Path, config: Config, resume: str) -> None:
                 "it, give another --run, or start over with --resume never."
             )
     elif stored_path.exists():
-        for pattern in (CHECKPOINT, "log.jsonl", "scores_*.npz", "events.out.tfevents.*", "results.*"):
+        for pattern in (f"{CHECKPOINT}*", "log.jsonl", "scores_*.npz", "events.out.tfevents.*", "results.*"):
             for path in (path for stream in STREAMS for path in (run / stream).rglob(pattern)):
                 path.unlink()
         for name in ("results.json", "results.txt"):
             (run / name).unlink(missing_ok=True)
-    run.mkdir(parents=True, exist_ok=True)
-    write_config(config, stored_path)
+    with writing(stored_path):
+        run.mkdir(parents=True, exist_ok=True)
+        write_config(config, stored_path)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -53,17 +56,24 @@ def main(arguments: list[str] | None = None) -> None:
     Machines.add_arguments(parser)
     options = parser.parse_intermixed_args(arguments)
     try:
-        config = resolve_config(options.config, options.overrides)
-        machines = Machines.from_arguments(options)
-        machines.check(config.train.batch_size)
-        index = open_index(config.data.root)
-        run = options.run or Path("runs") / f"{Path(options.config).stem}-{short_hash(config)}"
-        for stream in config.train.streams:
-            check_stream(config, stream, index, machines.world_size, run / stream)
-        open_run(run, config, options.resume)
-    except (ValueError, OSError) as error:
+        with ending_at_once():
+            config, machines, run = _prepare(options)
+        launch(machines, _run, config, run, timeout_s=config.train.timeout_s)
+    except (ValueError, OSError, FloatingPointError, ProcessFailedError) as error:
         sys.exit(f"error: {error}")
-    launch(machines, _run, config, run)
+
+
+def _prepare(options: argparse.Namespace) -> tuple[Config, Machines, Path]:
+    """The request, checked, and its run folder."""
+    config = resolve_config(options.config, options.overrides)
+    machines = Machines.from_arguments(options)
+    machines.check(config.train.batch_size)
+    index = open_index(config.data.root)
+    run = options.run or Path("runs") / f"{Path(options.config).stem}-{short_hash(config)}"
+    for stream in config.train.streams:
+        check_stream(config, stream, index, machines.world_size, run / stream)
+    open_run(run, config, options.resume)
+    return config, machines, run
 
 
 def _run(world: World, config: Config, run: Path) -> None:
@@ -74,6 +84,7 @@ def _run(world: World, config: Config, run: Path) -> None:
         train_stream(config, stream, index, run / stream, world)
     for stream in config.train.streams:
         evaluate_stream(config, stream, index, run, world)
+    world.at(None)  # an SVM takes what it takes
     if world.is_main:
         _conclude(config, run)
 
@@ -87,7 +98,8 @@ def _conclude(config: Config, run: Path) -> None:
     for folder in [run, *tasks] if config.eval.num_taus else []:
         results = fuse_runs([folder], config.fuse)
         print(report(results), end="\n\n")
-        wrote += write_results(results, folder)
+        with writing(folder / "results.json"):
+            wrote += write_results(results, folder)
     print("wrote:", *wrote, sep="\n  ")
 
 

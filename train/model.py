@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from loaders.batch import StreamSpec
 from nets.cnn_m import CNNM
 from train.checkpoint import Checkpoint, load_checkpoint
-from train.config import Config
+from train.config import Config, from_flat
 
 #: What the parameters of the classification layer begin with.
 LAST_LAYER = "scores."
@@ -77,7 +77,7 @@ def start_from(net: CNNM, path: str) -> None:
 
 def check_init(net: CNNM, checkpoint: Checkpoint, path: str) -> None:
     """Raise ValueError if a checkpoint's layers, but for the last one, are not the net's, or its run is unfinished."""
-    steps = checkpoint.config[f"{checkpoint.stream}.steps"]
+    steps = from_flat(checkpoint.config).stream(checkpoint.stream).steps
     if checkpoint.step < steps:
         raise ValueError(f"init={path} was stopped at step {checkpoint.step} of {steps}; finish that run first.")
     wanted, found = (

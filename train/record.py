@@ -152,7 +152,7 @@ def read_book(path: Path, scale: Scale | None = None) -> Book:
         if strange := [e.key for e in entries if e.made_on not in book.made_on or e.test_list not in {"", *book.lists}]:
             raise ValueError(f"{strange[0]} refers to what is not there")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no results file of train.experiments ({error}); name another.") from error
+        raise ValueError(f"{path} is no results file of train.experiments ({error!r:.300}); name another.") from error
     if scale not in (None, book.scale):
         raise ValueError(f"{path} holds results at scale {book.scale}, not {scale}; name another file by --results.")
     return book

@@ -86,12 +86,20 @@ def _read_npz(file: BinaryIO) -> dict[str, npt.NDArray[Any]]:
                 content = io.BytesIO(member.read())
             if np.lib.format.read_magic(content) != (1, 0):
                 raise ValueError(f"{info.filename} is of another version than 1.0")
-            shape, by_column, dtype = np.lib.format.read_array_header_1_0(content)
+            shape, by_column, dtype = _read_header(content)
             if dtype.hasobject or math.prod(shape) * dtype.itemsize != content.getbuffer().nbytes - content.tell():
                 raise ValueError(f"{info.filename} claims shape {shape} of {dtype}, which its bytes are not")
             flat = np.frombuffer(content.getbuffer(), dtype, offset=content.tell())
             arrays[part.name] = flat.reshape(shape, order="F" if by_column else "C")
     return arrays
+
+
+def _read_header(content: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Shape, order and type of an array. Numpy reads the header as a Python literal, whatever that brings to light."""
+    try:
+        return np.lib.format.read_array_header_1_0(content)
+    except Exception as error:
+        raise ValueError(f"an array's header is none: {error!r:.200}") from error
 
 
 def _check(scores: Scores) -> None:

@@ -1,0 +1,99 @@
+"""Injects every fault and counts what survives: `python -m tests.faults [--seed S] [--short] [CASE ...]`.
+
+The last line is `faults injected: N, survived: N, data lost: 0`; the exit code is 1 if it says anything else. Each case
+prints its seed; `--seed S CASE` draws the same again, as far as a kill at a drawn moment can be the same.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+import traceback
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.common import default_out, write_result
+from tests.faults import Fault, disks, packing, shards, training
+
+Case = Callable[[np.random.Generator, Path, bool], Iterator[Fault]]
+CASES: dict[str, Case] = {}
+for _module in (packing, disks, training, shards):
+    CASES |= _module.CASES
+
+
+def run_case(name: str, seed: int, short: bool) -> Iterator[Fault]:
+    """The faults of a case. One that raises, or injects nothing, is a fault that was not survived."""
+    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    num_faults = 0
+    with tempfile.TemporaryDirectory(prefix="faults-", ignore_cleanup_errors=True) as folder:
+        try:
+            for fault in CASES[name](rng, Path(folder), short):
+                num_faults += 1
+                yield fault
+        except Exception as error:
+            traceback.print_exc()
+            yield Fault("the case itself", survived=False, note=f"{type(error).__name__}: {error}")
+            return
+    if not num_faults:
+        yield Fault("the case itself", survived=False, note="injected nothing")
+
+
+def run_and_print(name: str, seed: int, short: bool) -> dict[str, Any]:
+    """Row of a case for the table and the results file; a line for every fault as it happens."""
+    print(f"{name} (seed {seed})", flush=True)
+    start_s = time.monotonic()
+    faults = []
+    for fault in run_case(name, seed, short):
+        outcome = "survived" if fault.survived and not fault.lost else f"NOT SURVIVED, {fault.lost} lost: {fault.note}"
+        print(f"  {fault.what}: {outcome}", flush=True)
+        faults.append(fault)
+    return {
+        "name": name,
+        "injected": len(faults),
+        "survived": sum(fault.survived for fault in faults),
+        "lost": sum(fault.lost for fault in faults),
+        "seconds": round(time.monotonic() - start_s, 1),
+        "faults": [asdict(fault) for fault in faults],
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = [f"{'case':<40} injected survived lost seconds"]
+    lines += [
+        f"{row['name']:<40} {row['injected']:>8} {row['survived']:>8} {row['lost']:>4} {row['seconds']:>7.1f}"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.faults", description="Inject faults, count what survives.")
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"default: all; {', '.join(CASES)}")
+    parser.add_argument("--seed", type=int, help="of all that is random (default: drawn)")
+    parser.add_argument("--short", action="store_true", help="the few of each case that `make test` has time for")
+    parser.add_argument("--out", type=Path, help="results file (default: benchmarks/results/faults.json)")
+    options = parser.parse_args(argv)
+    if unknown := set(options.cases) - set(CASES):
+        parser.error(f"no such case: {', '.join(sorted(unknown))}. Known: {', '.join(CASES)}")
+    names = options.cases or list(CASES)
+    seed = np.random.SeedSequence().generate_state(1).item() if options.seed is None else options.seed
+    out = options.out or default_out("faults", quick=options.short, partial=bool(options.cases))
+    config = {"seed": seed, "short": options.short, "cases": names}
+    rows: list[dict[str, Any]] = []
+    for name in names:
+        rows.append(run_and_print(name, seed, options.short))
+        totals = {key: sum(row[key] for row in rows) for key in ("injected", "survived", "lost", "seconds")}
+        write_result(out, config, complete=len(rows) == len(names), **totals, rows=rows)
+    print(f"\n{table(rows)}\n\nwritten to {out}")
+    injected, survived, lost = (totals[key] for key in ("injected", "survived", "lost"))
+    print(f"faults injected: {injected}, survived: {survived}, data lost: {lost}")
+    return int(survived != injected or lost > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

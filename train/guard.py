@@ -1,0 +1,75 @@
+"""A loss that is not finite, or explodes, ends the run at its first step; no checkpoint holds what came of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from train.dist import World
+
+Ints = npt.NDArray[np.int64]
+
+#: A larger loss has exploded: that of K classes begins at about log K, some 5.
+MAX_LOSS = 1e3
+
+
+class LossGuard:
+    """Keeps each step's loss on the device until the next look, and what the batch was made of.
+
+    To ask for the loss of every step would wait for the device in every step.
+
+    Args:
+        checkpoint: where the run's checkpoints are. saved: step of the newest, 0 if there is none.
+        video_ids: names of the videos of this process's slice of a batch, from their rows (n,).
+    """
+
+    def __init__(
+        self, stream: str, checkpoint: Path, saved: int, world: World, video_ids: Callable[[Ints], list[str]]
+    ) -> None:
+        self._stream, self._checkpoint, self._world, self._video_ids = stream, checkpoint, world, video_ids
+        self.saved = saved
+        self._steps: list[tuple[int, Tensor, Ints]] = []
+        self._loss = math.nan
+        self._rows: Ints = np.empty(0, np.int64)
+
+    def add(self, step: int, loss: Tensor, rows: Ints) -> None:
+        """Note this process's loss, a scalar on the device, and the videos of update `step`, from 1."""
+        self._steps.append((step, loss, rows))
+
+    def look(self) -> float:
+        """Mean loss of the newest global batch; on a GPU this waits for the step.
+
+        Raises FloatingPointError, in every process, if that of any step since the last look is not finite or exceeds
+        MAX_LOSS.
+        """
+        if self._steps:
+            steps, losses, rows = zip(*self._steps, strict=True)
+            self._steps = []
+            means = (self._world.sum(torch.stack(losses).double()) / self._world.world_size).tolist()
+            for step, loss, videos in zip(steps, means, rows, strict=True):
+                if not abs(loss) <= MAX_LOSS:  # NaN is neither
+                    raise self._error(f"the loss is {loss:g} at step {step}", videos)
+            self._loss, self._rows = means[-1], rows[-1]
+        return self._loss
+
+    def check_weights(self, net: nn.Module, step: int) -> None:
+        """Raise FloatingPointError if a weight is not finite after update `step`, whose loss has been looked at."""
+        if not torch.stack([parameter.isfinite().all() for parameter in net.parameters()]).all().item():
+            raise self._error(f"weights are not finite after step {step}", self._rows)
+
+    def _error(self, what: str, rows: Ints) -> FloatingPointError:
+        kept = (
+            f"The checkpoint of step {self.saved}, {self._checkpoint}, is good" if self.saved else "No checkpoint yet"
+        )
+        whose = f"; process {self._world.rank} had the videos" if self._world.world_size > 1 else "; its videos were"
+        return FloatingPointError(
+            f"{self._stream}: {what}; lower {self._stream}.lr, or set train.clip_grad_norm, in a new run. {kept}: the "
+            "same command goes on from there, should the cause be a passing one"
+            f"{whose} {', '.join(sorted(set(self._video_ids(rows))))}."
+        )
