@@ -77,8 +77,8 @@ class Replacements:
                 self.num_replaced += 1
             if self.num_replaced * 100 > self._max_damaged_pct * max(self._num_runs, _FEWEST_RUNS):
                 raise ShardError(
-                    f"{error} It is the {self.num_replaced}th damaged one of {self._num_runs} read so far: more than "
-                    f"data.max_damaged_pct={self._max_damaged_pct}. `python -m flow.verify DIR` names all damage."
+                    f"{error} With it {self.num_replaced} samples were damaged, beside {self._num_runs} sound ones: more "
+                    f"than data.max_damaged_pct={self._max_damaged_pct}. `python -m flow.verify DIR` names all damage."
                 ) from error
             if str(error) not in self._named:
                 self._named.add(str(error))

@@ -5,6 +5,7 @@ prints its seed; `--seed S CASE` draws the same again, as far as a kill at a dra
 """
 
 import argparse
+import os
 import sys
 import tempfile
 import time
@@ -78,6 +79,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--short", action="store_true", help="the few of each case that `make test` has time for")
     parser.add_argument("--out", type=Path, help="results file (default: benchmarks/results/faults.json)")
     options = parser.parse_args(argv)
+    # Killed processes leave semaphores; what frees them at the end would say so behind the last line.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
     if unknown := set(options.cases) - set(CASES):
         parser.error(f"no such case: {', '.join(sorted(unknown))}. Known: {', '.join(CASES)}")
     names = options.cases or list(CASES)

@@ -31,7 +31,9 @@ SPECS = {
     "bi-directional": StreamSpec(stream="temporal", L=10, crop_px=56, bidirectional=True),
     "windows": StreamSpec(stream="temporal", L=10, crop_px=56, stacks_per_window=4),
 }
-SHAPES = {"run/long": (70, 64, 85), "run/b": (40, 64, 85), "walk/a": (20, 64, 113), "walk/b": (16, 90, 64)}
+#: Three videos of each class: two damaged places leave one.
+SHAPES = {"run/long": (70, 64, 85), "run/b": (40, 64, 85), "run/c": (18, 64, 85)}
+SHAPES |= {"walk/a": (20, 64, 113), "walk/b": (16, 90, 64), "walk/c": (30, 64, 96)}
 SHARD_ERRORS = ("ShardError", "SampleError")
 
 
@@ -41,7 +43,7 @@ def make_set(root: Path, rng: np.random.Generator, codec: Codec | None = None) -
     for video_id, shape in SHAPES.items():
         frames, fields = random_video(rng, *shape)
         videos[video_id] = frames, fields, fields[::-1]
-    return pack_arrays(root, videos, codec or Codec(), videos_per_shard=2)
+    return pack_arrays(root, videos, codec or Codec(), videos_per_shard=3)
 
 
 @dataclass(frozen=True)
