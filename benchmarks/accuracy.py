@@ -23,9 +23,9 @@ import numpy as np  # isort: skip
 from sklearn.preprocessing import normalize
 from tqdm import tqdm
 
+from flow.clips import read_member
 from flow.codec import decode_component
 from flow.fields import subtract_mean
-from flow.shard import read_member
 from loaders.index import Index, open_index
 from train.config import FuseConfig, read_config, to_flat
 from train.fuse import TITLES, choose_C, fit_svm, source_group

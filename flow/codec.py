@@ -20,6 +20,10 @@ VERSION = 1
 
 #: A still component has no range of its own. It is widened to this, so that dequantisation never divides by zero.
 MIN_RANGE_PX = 1e-3
+Floats = npt.NDArray[np.float32]
+
+#: No field has larger values, px/frame: a flow method that finds them has failed, an index that says so is damaged.
+MAX_RANGE_PX = 1e6
 
 
 @dataclass(frozen=True)
@@ -88,13 +92,14 @@ def encode_component(component: npt.NDArray[np.float32], codec: Codec) -> Coded:
     """Quantise and compress one component (H, W) px/frame.
 
     Before JPEG the error is at most half a step, (hi - lo) / 510; a fixed range also saturates at its bound.
-    Raises ValueError for values that are not finite.
+    Raises ValueError for values that are not finite, or with a per-field range larger than any displacement.
     """
     smallest, largest = float(component.min()), float(component.max())  # of which one is NaN if any value is
-    if not (np.isfinite(smallest) and np.isfinite(largest)):
+    largest_px = MAX_RANGE_PX if codec.bound_px is None else float(np.finfo(np.float32).max)
+    if not (-largest_px <= smallest and largest <= largest_px):
         raise ValueError(
-            f"A component of shape {component.shape} holds values that are not finite; a field is finite px/frame. "
-            "The flow method failed on this pair of frames."
+            f"A component of shape {component.shape} holds values from {smallest:g} to {largest:g}; those of a field "
+            f"are finite and within +-{largest_px:g} px/frame. The flow method failed on this pair of frames."
         )
     if codec.bound_px is not None:
         lo, hi = -codec.bound_px, codec.bound_px
@@ -108,6 +113,11 @@ def encode_component(component: npt.NDArray[np.float32], codec: Codec) -> Coded:
     # Scaled, rounded half to even and narrowed in one pass; nothing is negative, so that "Abs" changes nothing.
     codes = import_cv2().convertScaleAbs(offset, alpha=float(np.float32(255 / (hi - lo))))
     return Coded(_encode(codes, codec.quality), lo, hi)
+
+
+def sound_ranges(lo: Floats, hi: Floats, mean: Floats) -> npt.NDArray[np.bool_]:
+    """Which ranges and means, (n,) px/frame, a field may have."""
+    return (-MAX_RANGE_PX <= lo) & (lo < hi) & (hi <= 2 * MAX_RANGE_PX) & np.isfinite(mean)
 
 
 def decode_component(jpeg: bytes, lo: float, hi: float) -> npt.NDArray[np.float32]:
@@ -183,6 +193,7 @@ def _decode(jpeg: bytes, mode: int) -> npt.NDArray[np.uint8]:
 # JPEG markers that open a frame header (SOF): height, width and number of channels stand in it.
 # 0xC4, 0xC8 and 0xCC lie in the range but mean something else.
 _SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_SEQUENTIAL = (0xC0, 0xC1)
 _SOS = 0xDA
 #: And tables, application data and comments.
 _IN_HEADER = _SOF | {_SOS, 0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)}
@@ -204,18 +215,27 @@ def max_jpeg_bytes(height: Count, width: Count, channels: int) -> Count:
 
 def coded_size(jpeg: bytes) -> tuple[int, int, int]:
     """Size (height, width, channels) that a JPEG's header claims. Raises ValueError as `frame_header` does."""
-    return frame_header(jpeg)[0]
+    return frame_header(jpeg).size
 
 
-def frame_header(jpeg: bytes) -> tuple[tuple[int, int, int], int]:
-    """Size (height, width, channels) that a JPEG's header claims, and the header's bytes, up to the data of the scan.
+class FrameHeader(NamedTuple):
+    """size: height, width, channels. num_bytes: up to the data of the first scan. is_alone: a decoder looks at no other
+    scan, however many there are, since the first one of a sequential frame holds all channels."""
+
+    size: tuple[int, int, int]
+    num_bytes: int
+    is_alone: bool
+
+
+def frame_header(jpeg: bytes) -> FrameHeader:
+    """What a JPEG's header claims.
 
     Found by walking the segments; nothing is decoded. Raises ValueError unless they are an unbroken chain, with one
     frame header of 8-bit samples and a scan: at anything else nvImageCodec's parser may end the process.
     """
     if jpeg[:2] != b"\xff\xd8":
         raise ValueError(f"The bytes begin with {jpeg[:2].hex() or 'nothing'}; a JPEG begins with ffd8.")
-    at, size = 2, None
+    at, size, frame = 2, None, 0
     while at + 4 <= len(jpeg) and jpeg[at] == 0xFF:
         marker, length = jpeg[at + 1], int.from_bytes(jpeg[at + 2 : at + 4], "big")
         if marker not in _IN_HEADER:
@@ -227,10 +247,11 @@ def frame_header(jpeg: bytes) -> tuple[tuple[int, int, int], int]:
             precision, *size_bytes, channels = jpeg[at + 4 : at + 10].ljust(6, b"\0")
             if size is not None or precision != 8 or length != 8 + 3 * channels:
                 raise ValueError(f"A JPEG with a second frame header at byte {at}, or one that contradicts itself.")
-            size = int.from_bytes(size_bytes[:2], "big"), int.from_bytes(size_bytes[2:], "big"), channels
+            height, width = (int.from_bytes(part, "big") for part in (size_bytes[:2], size_bytes[2:]))
+            size, frame = (height, width, channels), marker
         elif marker == _SOS:
             if size is None:
                 break
-            return size, end
+            return FrameHeader(size, end, frame in _SEQUENTIAL and jpeg[at + 4 : end][:1] == bytes([size[2]]))
         at = end
     raise ValueError(f"A JPEG of {len(jpeg)} bytes whose header breaks off at byte {at}: no frame header, or no scan.")

@@ -24,18 +24,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from flow.clips import read_clips
 from flow.dataset import check_classes, check_shards
-from flow.shard import (
-    ENTRY,
-    GROUPS,
-    KINDS,
-    RGB_ENTRY,
-    ClipEntry,
-    ShardError,
-    check_video_id,
-    publish,
-    read_clips,
-)
+from flow.shard import ENTRY, GROUPS, KINDS, RGB_ENTRY, ClipEntry, ShardError, check_video_id, publish
 from flow.untrusted import MAX_FRAME_PX, MAX_JSON_BYTES, open_regular, parse_json
 
 INDEX_NAME = "index.bin"

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -39,13 +40,17 @@ def worker_number() -> int:
 def interruptible() -> Iterator[None]:
     """Let Ctrl-C and SIGTERM raise KeyboardInterrupt(signal), so that a command cleans up after both.
 
-    It comes again and again until this is left: Python drops an exception that meets a callback of an import.
+    It comes again and again until this is left: Python drops an exception that meets a callback of an import. Not while
+    somebody cleans up after it, though, unless there is another signal.
     """
     came: list[int] = []
 
     def interrupt(number: int, _: FrameType | None) -> None:
-        came.append(number)
+        again = number == signal.SIGALRM
         signal.setitimer(signal.ITIMER_REAL, _AGAIN_S)
+        if again and _is_cleaning_up():
+            return
+        came.append(number)
         raise KeyboardInterrupt(came[0])
 
     before = {number: signal.getsignal(number) for number in (*_STOPS, signal.SIGALRM)}
@@ -58,6 +63,14 @@ def interruptible() -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _is_cleaning_up() -> bool:
+    """Whether the main thread is in an except, a finally or an __exit__ that an end by KeyboardInterrupt led to."""
+    error = sys.exception()
+    while error is not None and not isinstance(error, KeyboardInterrupt | GeneratorExit):
+        error = error.__context__
+    return error is not None
 
 
 def run_pool(

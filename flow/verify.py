@@ -21,11 +21,12 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm import tqdm
 
+from flow.clips import damage, range_bytes, read_clips
 from flow.codec import JPEG_END, coded_size, decode_grey, decode_rgb, max_jpeg_bytes
 from flow.dataset import read_dataset
 from flow.index import build_index, decode_names, load_index, scan_shards, video_ids
 from flow.pool import default_num_workers, run_pool
-from flow.shard import CLIP_FRAMES, KINDS, ShardError, damage, member_name, range_bytes, read_clips
+from flow.shard import CLIP_FRAMES, KINDS, ShardError, member_name
 from flow.untrusted import read_lines
 
 

@@ -5,6 +5,7 @@ with windows                                     ─ decode graph ─ WindowPool
 trajectories                                     ─ field graph ─ torch, on the device ─────────── Batch
 """
 
+import logging
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -32,6 +33,8 @@ from loaders.source import SampleError, Source
 from loaders.trajectory import cut_view, stack_crops, stack_frames
 from loaders.views import VIEWS, enumerate_views, num_view_batches
 from loaders.windows import WindowPool, cut_stacks, to_inputs
+
+logger = logging.getLogger(__name__)
 
 
 class DaliLoader:
@@ -159,25 +162,26 @@ class DaliLoader:
                 raise
             except Exception as error:
                 undecodable = self._undecodable(error)
-                inside = self._restart_decoder()
+                try:  # what takes its place is known before threads begin to read these batches again
+                    if undecodable is not None and self._replacements is not None:
+                        self._replacements.draw_others(self._decoder.failing[1][0], undecodable)
+                finally:
+                    self._restart_decoder()
                 if undecodable is None:
                     raise
                 if self._replacements is None:
                     raise undecodable from error
-                self._replacements.draw_others(inside[0], undecodable)
             else:
                 self._source.release(encoded)
                 return outputs, request
 
-    def _restart_decoder(self) -> list[Request]:
-        """Build the decoding graph anew. The batches inside, the oldest first, will be made again."""
+    def _restart_decoder(self) -> None:
+        """Build the decoding graph anew. The batches inside will be made again."""
         self._in_use.close()
         inside = self._decoder.restart(refeed=False)
         for _, encoded in inside:
             self._source.release(encoded)
-        again = [request for request, _ in inside]
-        self._reader.put_back(again)
-        return again
+        self._reader.put_back([request for request, _ in inside])
 
     def _feed(self) -> tuple[tuple[Any, ...], Any]:
         request, encoded = self._reader.take()
@@ -280,7 +284,11 @@ def _choose_graph(
         (request,) = requests(iter([first]), source.spec, 0, views)
         request, encoded = read_request(source, request, replacements)
         fed = request_inputs(request, encoded, source, graph, views)
-        return samples_per_s(make(source.spec, graph, len(first), lambda: fed), len(first))
+        try:
+            return samples_per_s(make(source.spec, graph, len(first), lambda: fed), len(first))
+        except RuntimeError as error:  # an image that it cannot decode, which the loader names when it comes to it
+            logger.warning("%s fails on the first batch: %s", graph, error)
+            return 1e-9
 
     whole_frames = views or source.spec.stacks_per_window > 1
     return choose_graph(device, num_threads, decoder, measure, whole_frames=whole_frames), chain([first], draws)

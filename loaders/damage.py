@@ -5,7 +5,8 @@
                                 └── another draw of the same class, read in its place ──┘
 
 A replacement is a function of (seed, window, attempt), as the draw itself is: any number of ranks, and a run that is
-resumed, replace the same samples by the same others. A window is replaced whole, for all its uses.
+resumed, replace the same samples by the same others. A window is replaced whole, for all its uses. Only where two
+decoders share the images, and one complains, it is not known of which of two: both samples are replaced.
 """
 
 import logging
@@ -30,7 +31,7 @@ _STEPS_BACK = 64
 class Replacements:
     """Remembers what replaces damaged windows, or samples that share none. Threads may use it at the same time.
 
-    first_slot: of this rank in the global batch. max_damaged_pct: of what is read; more end the training.
+    first_slot: of this rank in the global batch. max_damaged_pct: of what is read from now on; more end the training.
     num_replaced: how many replacements there were, also for batches that are only read ahead yet.
     """
 
@@ -41,6 +42,7 @@ class Replacements:
         self._instead: dict[Key, tuple[int, Draw]] = {}  # attempts, and the window's stacks
         self._named: set[str] = set()
         self._num_runs = 0
+        self._last_step = -1
         self.num_replaced = 0
 
     def apply(self, request: Request) -> Request:
@@ -69,30 +71,37 @@ class Replacements:
     def draw_others(self, request: Request, error: SampleError) -> None:
         """Draw others for the runs that an error names. Raises ShardError if there have been too many."""
         with self._lock:
+            num_replaced = self.num_replaced + len(error.runs)
+            if num_replaced * 100 > self._max_damaged_pct * max(self._num_runs, _FEWEST_RUNS):
+                # Nothing is noted: asked again, the same sample is one too many again.
+                raise ShardError(
+                    f"{error} With it {num_replaced} samples were damaged, beside {self._num_runs} sound ones: more "
+                    f"than data.max_damaged_pct={self._max_damaged_pct}. `python -m flow.verify DIR` names all damage."
+                ) from error
             for run in error.runs:
                 key = request.keys[run]
                 attempt = self._instead[key][0] + 1 if key in self._instead else 1
                 drawn = draw_instead(self._seed, key, attempt, int(request.video[run]), self._videos, self._spec)
                 self._instead[key] = attempt, drawn
-                self.num_replaced += 1
-            if self.num_replaced * 100 > self._max_damaged_pct * max(self._num_runs, _FEWEST_RUNS):
-                raise ShardError(
-                    f"{error} With it {self.num_replaced} samples were damaged, beside {self._num_runs} sound ones: more "
-                    f"than data.max_damaged_pct={self._max_damaged_pct}. `python -m flow.verify DIR` names all damage."
-                ) from error
+            self.num_replaced = num_replaced
             if str(error) not in self._named:
                 self._named.add(str(error))
                 logger.warning("%s Another sample of its class takes its place (%d so far).", error, self.num_replaced)
 
-    def count(self, request: Request) -> None:
-        """Count what has been read, and forget what no later request uses."""
+    def taken(self, request: Request) -> Request:
+        """As `apply`, for the requests in their order; counts them, and forgets what no later one uses."""
+        request = self.apply(request)
         with self._lock:
-            self._num_runs += len(request.video)
-            if self._instead:
-                oldest = int(request.draw.window[:, 0].max()) - _STEPS_BACK
+            step = int(request.draw.window[:, 0].max())
+            if step > self._last_step:  # not one that is taken again
+                self._last_step = step
+                self._num_runs += len(request.video)
                 self._instead = {
-                    key: value for key, value in self._instead.items() if last_step(key, self._spec) >= oldest
+                    key: value
+                    for key, value in self._instead.items()
+                    if last_step(key, self._spec) >= step - _STEPS_BACK
                 }
+            return request
 
 
 def read_request(source: Source, request: Request, replacements: Replacements | None) -> tuple[Request, Encoded]:
@@ -110,6 +119,4 @@ def read_request(source: Source, request: Request, replacements: Replacements | 
                 raise
             replacements.draw_others(request, error)
         else:
-            if replacements:
-                replacements.count(request)
             return request, encoded

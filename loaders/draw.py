@@ -211,8 +211,8 @@ def draw_instead(
     """
     birth, number = window
     generator = _generator(seed, birth, [0, attempt, number, _INSTEAD_COUNTER[spec.stream]])
-    (place,) = np.flatnonzero(videos.rows == video)
-    label = np.searchsorted(videos.start, [place], "right") - 1
+    place = np.flatnonzero(videos.rows == video)[:1]  # a list may name a video twice
+    label = np.searchsorted(videos.start, place, "right") - 1
     return _draw_windows(label, birth, np.array([number]), videos, spec, generator)
 
 

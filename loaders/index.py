@@ -102,9 +102,7 @@ class Index:
             found = [row for row in order[alike].tolist() if ids.name(row) == name]
             if not found:
                 shown = name[:200].decode("utf-8", "replace")
-                raise ValueError(
-                    f"{self.root} holds no video {shown!r}. Check the split file, or pack the set again."
-                )
+                raise ValueError(f"{self.root} holds no video {shown!r}. Check the split file, or pack the set again.")
             rows[i] = found[0]
         return rows
 

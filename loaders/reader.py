@@ -8,6 +8,8 @@ from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import Any
 
+import numpy as np
+
 from loaders.damage import Replacements, read_request
 from loaders.request import Request
 from loaders.source import Encoded, Source
@@ -42,6 +44,7 @@ class Reader:
         self._replacements = replacements
         self._threads = _Threads(_READERS)
         self._ahead: deque[tuple[Request, _Read]] = deque()
+        self._failed = False
 
     def take(self) -> tuple[Request, Encoded]:
         """The next request and its bytes.
@@ -49,6 +52,9 @@ class Reader:
         Raises StopIteration at the end; SampleError for a damaged member, ShardError for too many; TimeoutError, which
         names what was waited for; OSError. After an error the same request is next again, and read anew.
         """
+        if self._failed:  # what is wrong may have been put right since, and be what others were read before
+            self._failed = False
+            self._ahead = deque((request, self._start(request)) for request, _ in self._ahead)
         while len(self._ahead) <= _READ_AHEAD and (request := next(self._requests, None)) is not None:
             self._ahead.append((request, self._start(request)))
         if not self._ahead:
@@ -62,10 +68,14 @@ class Reader:
         try:
             request, encoded = read.result()
         except Exception:
-            self._ahead[0] = request, self._start(request)
+            self._failed = True
             raise
         self._ahead.popleft()
-        return (self._replacements.apply(request) if self._replacements else request), encoded
+        if self._replacements:
+            taken = self._replacements.taken(request)
+            assert np.array_equal(taken.video, request.video) and np.array_equal(taken.tau, request.tau)
+            request = taken  # of windows, with what has replaced earlier ones
+        return request, encoded
 
     def put_back(self, requests: Sequence[Request]) -> None:
         """These requests, which have been taken, in this order, are next again."""

@@ -70,6 +70,8 @@ class ReferenceLoader:
         """A request's samples, damaged ones replaced if they may be."""
         while True:
             request, encoded = read_request(self._source, request, self._replacements)
+            if self._replacements:
+                self._replacements.taken(request)
             try:
                 return request.draw, self._samples(request.draw, encoded)
             except SampleError as error:

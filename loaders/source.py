@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from flow.codec import JPEG_END, MAX_SCANS, frame_header, max_jpeg_bytes
-from flow.shard import CLIP_FRAMES, RGB_ENTRY, ShardError, damage, member_name
+from flow.clips import damage
+from flow.codec import JPEG_END, MAX_SCANS, frame_header, max_jpeg_bytes, sound_ranges
+from flow.shard import CLIP_FRAMES, RGB_ENTRY, ShardError, member_name
 from loaders.batch import StreamSpec
 from loaders.index import Index, Ints
 from loaders.rescale import vector_scale
@@ -154,13 +155,13 @@ class Source:
         return Encoded(rows, sizes, buffer)
 
     def _check_numbers(self, entries: npt.NDArray[Any], video: Ints, tau: Ints) -> None:
-        """Raise SampleError for a range or mean, px/frame, that is no number: a net would learn nothing any more."""
+        """Raise SampleError for a range or mean, px/frame, that no field has: what came of it would be no number."""
         if not self.spec.is_temporal:
             return
-        finite = np.isfinite(entries["lo"]) & np.isfinite(entries["hi"]) & np.isfinite(entries["mean"])
-        for run, step, kind in np.argwhere(~finite)[:1].tolist():
+        sound = sound_ranges(entries["lo"], entries["hi"], entries["mean"])
+        for run, step, kind in np.argwhere(~sound)[:1].tolist():
             place = self.where(int(video[run]), int(tau[run]), step, kind)
-            raise SampleError(f"{place}: its range or mean in the index is no number. {_REBUILD}", (run,))
+            raise SampleError(f"{place}: its range or mean in the index is none of a field. {_REBUILD}", (run,))
 
     def _check_sizes(self, sizes: Ints, video: Ints, tau: Ints, steps: int) -> None:
         """Raise SampleError for sizes that no image has: the index would make us ask for more memory than any needs."""
@@ -260,19 +261,19 @@ class Source:
         and images that begin with it need no parsing.
         """
         try:
-            found, end = frame_header(bytes(jpeg))
+            header = frame_header(bytes(jpeg))
         except ValueError as error:
             return str(error)
+        found = header.size
         if found != expected:
             return (
                 f"a JPEG of {found[0]}x{found[1]} px and {found[2]} channels, the index says {expected[0]}x"
                 f"{expected[1]} and {expected[2]}. {_REBUILD}"
             )
-        num_scans = bytes(jpeg).count(b"\xff\xda")
-        if num_scans > MAX_SCANS:
+        if header.is_alone:
+            self._headers[expected] = bytes(jpeg[: header.num_bytes])
+        elif (num_scans := bytes(jpeg).count(b"\xff\xda")) > MAX_SCANS:
             return f"a JPEG of {num_scans} scans, which would take very long; expected at most {MAX_SCANS}."
-        if num_scans == 1:  # others of the same header may have more
-            self._headers[expected] = bytes(jpeg[:end])
         return ""
 
     def where(self, video: int, tau: int, step: int, kind: int) -> str:

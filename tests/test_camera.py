@@ -7,10 +7,10 @@ import pytest
 
 from flow import pack
 from flow.camera import CameraError, camera_metadata, camera_motion, estimate_camera, subtract_camera
+from flow.clips import read_clips
 from flow.codec import decode_component
 from flow.demo import draw_texture
 from flow.extract import flow_method
-from flow.shard import read_clips
 from flow.video import import_cv2, write_video
 
 HEIGHT, WIDTH = 120, 160

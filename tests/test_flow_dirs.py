@@ -10,9 +10,9 @@ import pytest
 
 from flow import pack
 from flow.catalog import read_hmdb51_lists
+from flow.clips import read_clips
 from flow.codec import Codec, decode_grey, encode_component, encode_rgb
 from flow.flow_files import FIELDS, FRAMES, find_files, list_flow_dirs
-from flow.shard import read_clips
 from flow.verify import verify
 from flow.video import import_cv2
 from loaders import dali_loader

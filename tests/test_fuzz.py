@@ -13,7 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flow.shard import CLIP_FRAMES, Clip, Member, read_clips, write_clip
+from flow.clips import read_clips
+from flow.shard import CLIP_FRAMES, Clip, Member, write_clip
 from loaders.index import open_index
 from tests.fuzz import __main__ as campaign
 from tests.fuzz import mutate, seeds
@@ -86,13 +87,14 @@ def test_any_json_value_is_read_or_refused(name, value, data):
 
 @st.composite
 def clips(draw):
-    """Clips as a video's can be: any bytes for images, fields from any frame on, any finite range."""
+    """Clips as a video's can be: any bytes for images, fields from any frame on, any range."""
     count = draw(st.integers(1, 6))
     first = CLIP_FRAMES * draw(st.integers(0, 2))
     numbers = st.floats(width=32, allow_nan=False, allow_infinity=False)
     jpeg = st.binary(min_size=1, max_size=30)
     image = st.builds(Member, jpeg)
-    component = st.builds(Member, jpeg, numbers, numbers, numbers)
+    ranges = st.lists(st.floats(-1e6, 1e6, width=32), min_size=2, max_size=2, unique=True).map(sorted)
+    component = st.builds(lambda jpeg, lo_hi, mean: Member(jpeg, *lo_hi, mean), jpeg, ranges, numbers)
     members = {"rgb": {t: draw(image) for t in range(first, first + count)}}
     begin, end = sorted(draw(st.tuples(*[st.integers(first, first + count)] * 2)))
     for kind in draw(st.sampled_from([(), ("dx", "dy"), ("dx", "dy", "bdx", "bdy")])) if begin < end else ():

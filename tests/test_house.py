@@ -1,6 +1,8 @@
-"""The map of the house holds: who may import whom, and which third-party package stays behind which door."""
+"""The map of the house holds: who may import whom, which third-party package stays behind which door, and which test
+covers which line of SECURITY.md."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -61,3 +63,14 @@ def test_flow_works_without_torch():
     names = ", ".join(f"flow.{module}" for module in modules)
     code = f"import sys, {names}; print(*{{'torch', 'nvidia.dali'}} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""
+
+
+def test_security_md_names_every_test_of_strangers_files_and_none_that_is_not():
+    named = set(re.findall(r"`(tests/\w+\.py)::(test_\w+)`", (ROOT / "SECURITY.md").read_text()))
+    assert len(named) > 20
+    for file, test in named:
+        assert f"def {test}(" in (ROOT / file).read_text(), f"{file} has no {test}"
+    for path in (ROOT / "tests").glob("test_hostile_*.py"):
+        file = path.relative_to(ROOT).as_posix()
+        tests = {(file, test) for test in re.findall(r"^def (test_\w+)\(", path.read_text(), re.M)}
+        assert tests and tests <= named, f"SECURITY.md does not name {tests - named}"

@@ -15,9 +15,9 @@ import pytest
 import webdataset
 
 from flow import images
+from flow.clips import read_clips
 from flow.image_sources import read_source
 from flow.resume import locked
-from flow.shard import read_clips
 from flow.verify import verify
 from flow.video import import_cv2, read_frames, write_video
 from loaders import dali_loader, reference

@@ -18,11 +18,11 @@ import pytest
 
 from flow import fragment, pack, pool
 from flow.catalog import list_videos
+from flow.clips import read_clips
 from flow.codec import Codec, decode_component, decode_rgb
 from flow.devices import count_gpus, count_workers
 from flow.extract import flow_method
 from flow.pool import run_pool, worker_number
-from flow.shard import read_clips
 from flow.video import import_cv2, read_frames, to_grey, write_video
 from tests.deadly import write_or_fail
 from tests.faults import processes
@@ -185,6 +185,61 @@ def test_a_signal_that_an_import_swallows_comes_again(monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(30)
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@contextlib.contextmanager
+def slow_cleanup(done):
+    """Takes ten times as long as until an interrupt comes again, and handles errors of its own meanwhile."""
+    try:
+        yield
+    finally:
+        for _ in range(10):
+            with contextlib.suppress(FileNotFoundError):
+                os.stat("no such file")
+            try:
+                os.stat("no such file")
+            except FileNotFoundError:
+                time.sleep(pool._AGAIN_S)
+        done.append("cleaned")
+
+
+def slowly_cleaned(done):
+    with slow_cleanup(done):
+        yield from range(3)
+
+
+def hold_slowly(done):
+    with slow_cleanup(done):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)
+
+
+def iterate_slowly(done):
+    for _ in slowly_cleaned(done):  # closed when it is forgotten, while the interrupt is on its way
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)
+
+
+@pytest.mark.parametrize("work", [hold_slowly, iterate_slowly])
+def test_a_cleanup_is_cut_off_by_no_signal_that_comes_again(monkeypatch, work):
+    monkeypatch.setattr(pool, "_AGAIN_S", 0.02)
+    done = []
+    with pytest.raises(KeyboardInterrupt, match=str(int(signal.SIGTERM))), pool.interruptible():
+        work(done)
+    assert done == ["cleaned"]
+
+
+def test_a_second_ctrl_c_cuts_a_cleanup_off(monkeypatch):
+    monkeypatch.setattr(pool, "_AGAIN_S", 0.02)
+    done = []
+    with pytest.raises(KeyboardInterrupt), pool.interruptible(), slow_cleanup(done):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(30)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(30)
+    assert done == ["cleaned"]
 
 
 def test_a_complete_pack_is_left_alone(videos, packed, capsys):

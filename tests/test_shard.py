@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import webdataset
 
+from flow.clips import read_clips, read_member
 from flow.codec import decode_component, decode_rgb
 from flow.index import build_index, load_index
-from flow.shard import ShardError, check_video_id, commit_shard, read_clips, read_member
+from flow.shard import ShardError, check_video_id, commit_shard
 from loaders.index import open_index
 from tests.conftest import pack_arrays, random_video
 

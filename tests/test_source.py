@@ -8,7 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from flow.shard import CLIP_FRAMES, read_member
+from flow.clips import read_member
+from flow.codec import MAX_SCANS, Codec, encode_component, frame_header
+from flow.shard import CLIP_FRAMES
+from flow.video import import_cv2
 from loaders import source as source_module
 from loaders.batch import StreamSpec
 from loaders.draw import draw_batch, population
@@ -145,7 +148,8 @@ def test_a_changed_range_or_mean_is_found(index, key):
     """Nothing else would show it: the JPEG is sound, and the values would be wrong."""
     spec = SPECS[1]
     (row,) = index.rows(["run/long"])
-    for value, message in ((0.25, "damaged, .* with CRC-32"), (np.nan, "range or mean in the index is no number")):
+    none = "its range or mean in the index is none of a field"
+    for value, message in ((0.25, "damaged, .* with CRC-32"), (np.nan, none), (np.inf, none), (-np.inf, none)):
         source = Source(index, spec)
         entries = {kind: np.array(table) for kind, table in index.entries.items()}
         entries["dx"][key][index.first_row[row] + 2] += value
@@ -171,7 +175,24 @@ def test_a_member_that_the_index_calls_empty_is_refused(index):
     empty["size"] = 0
     empty["crc32"] = zlib.crc32(empty.tobytes()[-12:])  # of nothing, going on over range and mean
     source._tables = [[entries[name] for name in spec.kinds], []]
-    with pytest.raises(
-        ValueError, match=rf"00{step}.{spec.kinds[kind]}.jpg at offset \d+: 0 bytes by the index"
-    ):
+    with pytest.raises(ValueError, match=rf"00{step}.{spec.kinds[kind]}.jpg at offset \d+: 0 bytes by the index"):
         source.read(rows, first, 10)
+
+
+def test_scans_are_counted_in_every_image_that_has_more_than_one(tmp_path):
+    """A progressive image of few scans begins with the header that one of thousands may have."""
+    image = (np.random.default_rng(0).random((64, 64)) * 255).astype(np.uint8)
+    cv2 = import_cv2()
+    _, plain = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_PROGRESSIVE, 1])
+    jpeg = plain.tobytes()
+    assert not frame_header(jpeg).is_alone
+    last = jpeg.rindex(b"\xff\xda")
+    bomb = jpeg[:-2] + jpeg[last:-2] * MAX_SCANS + jpeg[-2:]
+    videos = {"a/b": (np.zeros((12, 64, 64, 3), np.uint8), np.ones((11, 2, 64, 64), np.float32))}
+    source = Source(open_index(pack_arrays(tmp_path / "set", videos)), StreamSpec(stream="temporal", L=1, crop_px=56))
+    assert source._wrong_size(memoryview(jpeg), (64, 64, 1)) == ""
+    assert f"a JPEG of {bomb.count(bytes([0xFF, 0xDA]))} scans" in source._wrong_size(memoryview(bomb), (64, 64, 1))
+    assert source._headers == {}
+    baseline = encode_component(image.astype(np.float32), Codec()).jpeg
+    assert source._wrong_size(memoryview(baseline), (64, 64, 1)) == ""
+    assert baseline.startswith(source._headers[64, 64, 1])

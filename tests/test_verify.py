@@ -6,8 +6,9 @@ import shutil
 import pytest
 
 from flow import verify
+from flow.clips import read_clips
 from flow.index import INDEX_NAME
-from flow.shard import member_name, read_clips
+from flow.shard import member_name
 
 
 @pytest.fixture()

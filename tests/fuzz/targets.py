@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 
 from flow import catalog, flow_dirs, flow_files, image_sources, images, verify
+from flow.clips import read_clips
 from flow.fragment import FragmentReport
 from flow.index import build_index, load_index
-from flow.shard import ShardError, read_clips, shard_name
+from flow.shard import ShardError, shard_name
 from flow.video import VIDEO_EXTENSIONS, read_frames
 from loaders.batch import StreamSpec
 from loaders.index import open_index
