@@ -27,7 +27,7 @@ from flow.shard import (
     member_name,
     member_order,
 )
-from flow.untrusted import MAX_FRAME_PX, open_regular, parse_json
+from flow.untrusted import MAX_FRAME_PX, open_regular, parse_json, printable
 
 _BLOCK = tarfile.BLOCKSIZE
 _MAX_JSON_BYTES = 1 << 20
@@ -50,9 +50,10 @@ def read_clips(path: Path) -> Iterator[ClipEntry]:
             found = next(members, None)
             row = entries[kind][1][frame - ranges[kind][0]]
             if found is None or found[0] != expected or found[2] != row["size"]:
+                there = f"{printable(found[0])} of {found[2]} bytes" if found else "the end"
                 raise ShardError(
-                    f"{path.name}: found {f'{found[0]} of {found[2]} bytes' if found else 'the end'} where the clip's "
-                    f"JSON has {expected} of {row['size']} bytes, after {name} at offset {offset}. Pack the set again."
+                    f"{path.name}: found {there} where the clip's JSON has {expected} of {row['size']} bytes, after {name} "
+                    f"at offset {offset}. Pack the set again."
                 )
             row["offset"] = found[1]
         yield ClipEntry(**{key: getattr(header, key) for key in ClipHeader.__dataclass_fields__}, entries=entries)
@@ -112,7 +113,7 @@ def _read_clip_json(
         check_video_id(header.video_id)
         check_class_name(header.class_name)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ShardError(f"{where}: the clip's JSON is damaged ({error}).") from None
+        raise ShardError(f"{where}: the clip's JSON is damaged ({printable(error)}).") from None
     if version != FORMAT_VERSION:
         raise ShardError(f"{where}: format {version!r:.40}, this code reads {FORMAT_VERSION}. Pack the set again.")
     _check_header(where, name, header, columns)

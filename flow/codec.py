@@ -49,8 +49,8 @@ class Codec:
             )
         if self.range not in ("per-field", "fixed") or (self.range == "fixed") != (self.bound_px is not None):
             raise ValueError(
-                f"range={self.range!r} with bound_px={self.bound_px}: range is 'per-field' without a bound, or 'fixed' "
-                "with one."
+                f"range={self.range!r:.40} with bound_px={self.bound_px!r:.40}: range is 'per-field' without a "
+                "bound, or 'fixed' with one."
             )
         if self.bound_px is not None and not 0 < self.bound_px < np.inf:
             raise ValueError(f"bound_px={self.bound_px} px: the bound is a positive number of pixels, such as 20.")

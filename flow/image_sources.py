@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from flow.catalog import Video, list_videos, split_by_folder
 from flow.shard import MAX_CLASS_ID, check_class_name, check_video_id
-from flow.untrusted import MAX_JSON_BYTES, open_regular, read_lines
+from flow.untrusted import MAX_JSON_BYTES, open_regular, printable, read_lines
 from flow.video import VIDEO_EXTENSIONS
 
 IMAGE_EXTENSIONS = frozenset(".bmp .jpeg .jpg .png .ppm .tif .tiff .webp".split())
@@ -136,7 +136,7 @@ def read_tar(path: Path, names: list[str] | None, prefix: str = "") -> Iterator[
             offset, num_bytes = sample[kinds[0]]
             yield Source(video_id, names[number] if names else str(number), path, offset, num_bytes, number)
     except (ValueError, tarfile.TarError) as error:
-        raise ValueError(f"{path}: {error.args[0]}") from None  # webdataset adds arguments of its own
+        raise ValueError(f"{path}: {printable(error.args[0])}") from None  # webdataset adds arguments of its own
     except (RecursionError, OverflowError):  # in tarfile, of a chain of long names, and of numbers
         raise ValueError(f"{path}: damaged: tar headers that none writes.") from None
 
@@ -153,9 +153,11 @@ class _Headers(io.BufferedReader):
 
 def _tar_files(path: Path) -> Iterator[dict[str, Any]]:
     """Members as `webdataset` groups them to samples; the data of an image are its (offset, size) in the tar."""
-    raw = cast(io.FileIO, open_regular(path, buffering=0))
+    raw, num_bytes = cast(io.FileIO, open_regular(path, buffering=0)), path.stat().st_size
     with _Headers(raw) as file, tarfile.open(fileobj=file, mode="r:") as tar:
         for info in tar:
+            if not 0 <= info.size <= num_bytes - info.offset_data:
+                raise ValueError(f"damaged, or cut off: a member claims {info.size} bytes, the tar has {num_bytes}.")
             if info.isreg() and not info.issparse():
                 label = tar.extractfile(info) if info.name.lower().endswith(".cls") else None
                 data = (info.offset_data, info.size) if label is None else label.read()

@@ -22,6 +22,11 @@ MAX_IMAGE_BYTES = 1 << 28
 _MAX_LINE_CHARS = 4096
 
 
+def printable(text: object, max_chars: int = 300) -> str:
+    """What is quoted of a file in a message: cut off, and nothing that a terminal would obey."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text)[:max_chars])
+
+
 def open_regular(path: str | Path, buffering: int = -1) -> BinaryIO:
     """Open a file to read its bytes. A link to a regular file is one. Raises ValueError for anything else, OSError."""
 

@@ -7,6 +7,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable
+from copy import deepcopy
 from random import Random
 from typing import Any
 
@@ -138,7 +139,7 @@ def mutate_json(data: bytes, rng: Random) -> bytes:
             case 3:
                 parent[key] = json.loads(json.dumps(_at(rng.choice(list(places(tree))))))
             case _:
-                parent[key] = rng.choice(VALUES)
+                parent[key] = deepcopy(rng.choice(VALUES))  # it may be changed in its turn
     return json.dumps(tree[0], ensure_ascii=rng.random() < 0.5).encode("utf-8", "surrogatepass")
 
 

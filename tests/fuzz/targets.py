@@ -113,8 +113,7 @@ def _use(root: Path) -> int:
     index = open_index(root)
     rows = np.arange(index.num_videos)
     ids = index.video_ids(rows)
-    assert len(set(ids)) == len(ids)
-    assert index.rows(ids).tolist() == rows.tolist()
+    assert index.video_ids(index.rows(ids)) == ids
     assert len(index.fingerprint) == 16
     assert all(0 <= label < len(index.classes) for label in index.labels.tolist())
     assert all(0 <= shard < len(index.shards) for shard in index.shard.tolist())
@@ -277,10 +276,12 @@ def read_config_file(data: bytes) -> None:
 
 def read_checkpoint(data: bytes) -> None:
     from train.checkpoint import load_checkpoint
+    from train.config import from_flat
 
     checkpoint = load_checkpoint(_put(folder() / "checkpoint.pt", data))
     assert type(checkpoint.step) is int and checkpoint.step >= 0
     assert checkpoint.stream in ("spatial", "temporal")
+    from_flat(checkpoint.config)
 
 
 def read_log_file(data: bytes) -> None:
