@@ -26,6 +26,7 @@ from tqdm import tqdm
 from flow.clips import read_member
 from flow.codec import decode_component
 from flow.fields import subtract_mean
+from flow.index import take_entries
 from loaders.index import Index, open_index
 from train.config import FuseConfig, read_config, to_flat
 from train.fuse import TITLES, choose_C, fit_svm, source_group
@@ -46,7 +47,7 @@ def flow_histogram(index: Index, row: int) -> np.ndarray:
     for frame in range(0, int(index.num_frames[row]) - 1, 2):
         components, means = [], []
         for kind in ("dx", "dy"):
-            entry = index.entries[kind][index.first_row[row] + frame]
+            (entry,) = take_entries(index.entries[kind], kind, index.first_row[row : row + 1] + frame)
             jpeg = read_member(shard, entry, kind)
             components.append(decode_component(jpeg, float(entry["lo"]), float(entry["hi"])))
             means.append(entry["mean"])

@@ -52,8 +52,8 @@ def read_clips(path: Path) -> Iterator[ClipEntry]:
             if found is None or found[0] != expected or found[2] != row["size"]:
                 there = f"{printable(found[0])} of {found[2]} bytes" if found else "the end"
                 raise ShardError(
-                    f"{path.name}: found {there} where the clip's JSON has {expected} of {row['size']} bytes, after {name} "
-                    f"at offset {offset}. Pack the set again."
+                    f"{path.name}: found {there} where the clip's JSON has {expected} of {row['size']} bytes, after "
+                    f"{name} at offset {offset}. Pack the set again."
                 )
             row["offset"] = found[1]
         yield ClipEntry(**{key: getattr(header, key) for key in ClipHeader.__dataclass_fields__}, entries=entries)

@@ -9,8 +9,8 @@ The tars are the truth; the index is a cache, always built from them alone (`pyt
     rgb      (num_rows,) RGB_ENTRY                     dx, dy, and if packed bdx, bdy: (num_rows,) FIELD_ENTRY
 
 Frame t of a video is row `first_row + t` of every kind; a field that does not exist has size 0. An entry's CRC-32 is
-that of the JPEG, going on over the entry's range and mean: what is read shows whether the entry is damaged, so that
-nobody has to read gigabytes of entries first.
+that of the JPEG, going on over the entry's range and mean, combined with the entry's place: what is read shows whether
+the entry is damaged, so that nobody has to read gigabytes of entries first.
 """
 
 import json
@@ -94,6 +94,7 @@ def scan_shards(root: Path, progress: Callable[[Path], object] | None = None) ->
                     first, entries = clip.entries[kind]
                     arrays[kind][first_row + first : first_row + first + len(entries)] = entries
         _extend_crc32(arrays[kind])
+        arrays[kind]["crc32"] ^= _place_mask(kind, np.arange(len(arrays[kind])))
     return header, arrays
 
 
@@ -109,6 +110,19 @@ def _extend_crc32(entries: npt.NDArray[Any]) -> None:
     for byte in ranges.T:
         crc32 = table[(crc32 ^ byte) & 0xFF] ^ (crc32 >> 8)
     entries["crc32"] = np.where(exists, ~crc32, 0)
+
+
+def take_entries(table: npt.NDArray[Any], kind: str, rows: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+    """Entries in some rows of a kind's table: a copy whose CRC-32 are those of the members with their ranges."""
+    entries = table[rows]
+    entries["crc32"] ^= _place_mask(kind, rows)
+    return entries
+
+
+def _place_mask(kind: str, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.uint32]:
+    """What CRC-32s in the index are combined with: an entry in the place of another is damage that none would show."""
+    place = rows.astype(np.uint64) * np.uint64(len(KINDS)) + np.uint64(KINDS.index(kind))
+    return (place * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(32)).astype(np.uint32)
 
 
 def _videos(path: Path) -> Iterator[tuple[str, list[ClipEntry]]]:

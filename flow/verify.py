@@ -24,7 +24,7 @@ from tqdm import tqdm
 from flow.clips import damage, range_bytes, read_clips
 from flow.codec import JPEG_END, coded_size, decode_grey, decode_rgb, max_jpeg_bytes
 from flow.dataset import read_dataset
-from flow.index import build_index, decode_names, load_index, scan_shards, video_ids
+from flow.index import build_index, decode_names, load_index, scan_shards, take_entries, video_ids
 from flow.pool import default_num_workers, run_pool
 from flow.shard import CLIP_FRAMES, KINDS, ShardError, member_name
 from flow.untrusted import read_lines
@@ -185,7 +185,8 @@ def _places_in_index(task: ShardTask) -> Iterator[MemberPlace]:
     for video, video_id in zip(videos, decode_names(arrays["names"], videos), strict=True):
         first_row = int(video["first_row"])
         for kind in (kind for kind in KINDS if kind in arrays):
-            for frame, row in enumerate(arrays[kind][first_row : first_row + int(video["num_frames"])]):
+            rows = first_row + np.arange(int(video["num_frames"]))
+            for frame, row in enumerate(take_entries(arrays[kind], kind, rows)):
                 if row["size"]:
                     name = member_name(video_id, frame // CLIP_FRAMES, kind, frame % CLIP_FRAMES)
                     yield _place(name, kind, row, range_bytes(row), int(video["height"]), int(video["width"]))

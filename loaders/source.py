@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from flow.clips import damage
 from flow.codec import JPEG_END, MAX_SCANS, frame_header, max_jpeg_bytes, sound_ranges
+from flow.index import take_entries
 from flow.shard import CLIP_FRAMES, RGB_ENTRY, ShardError, member_name
 from loaders.batch import StreamSpec
 from loaders.index import Index, Ints
@@ -118,10 +119,14 @@ class Source:
         """The same in px/frame of the stored frames."""
         rows = self.index.first_row[video][:, None] + self.frames(video, tau, steps)
         ahead = int((~self._backward[:steps]).sum())  # the forward time steps come first
-        parts = zip(self._tables, (rows[:, :ahead], rows[:, ahead:]), strict=True)
-        return np.concatenate(
-            [np.stack([table[part] for table in tables], axis=-1) for tables, part in parts if tables], axis=1
-        )
+        kinds = (self.spec.kinds, self.spec.backward_kinds)
+        parts = zip(self._tables, kinds, (rows[:, :ahead], rows[:, ahead:]), strict=True)
+        taken = [
+            np.stack([take_entries(table, kind, part) for table, kind in zip(tables, names, strict=True)], axis=-1)
+            for tables, names, part in parts
+            if tables
+        ]
+        return np.concatenate(taken, axis=1)
 
     def read(self, video: Ints, tau: Ints, steps: int) -> Encoded:
         """Read and check the members of runs: one contiguous read for each clip, and direction, that a run touches.

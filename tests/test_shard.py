@@ -10,7 +10,7 @@ import webdataset
 
 from flow.clips import read_clips, read_member
 from flow.codec import decode_component, decode_rgb
-from flow.index import build_index, load_index
+from flow.index import build_index, load_index, take_entries
 from flow.shard import ShardError, check_video_id, commit_shard
 from loaders.index import open_index
 from tests.conftest import pack_arrays, random_video
@@ -116,7 +116,7 @@ def test_the_index_finds_every_member_by_video_and_frame(strange):
         shard = root / index.shards[index.shard[row]]
         for t in range(len(frames)):
             for kind, field in (("dx", fields[t : t + 1]), ("bdy", backward[t - 1 : t] if t else [])):
-                entry = index.entries[kind][index.first_row[row] + t]
+                (entry,) = take_entries(index.entries[kind], kind, index.first_row[row : row + 1] + t)
                 if not len(field):
                     assert entry["size"] == 0
                     continue

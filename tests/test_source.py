@@ -10,6 +10,7 @@ import pytest
 
 from flow.clips import read_member
 from flow.codec import MAX_SCANS, Codec, encode_component, frame_header
+from flow.index import take_entries
 from flow.shard import CLIP_FRAMES
 from flow.video import import_cv2
 from loaders import source as source_module
@@ -44,7 +45,7 @@ def members(index, spec, video, taus, steps):
         if spec.bidirectional:
             parts = [(("dx", "dy"), range(tau, tau + steps // 2)), (("bdx", "bdy"), range(tau, tau - steps // 2, -1))]
         for kind, frame in ((kind, frame) for kinds, frames in parts for frame in frames for kind in kinds):
-            entry = index.entries[kind][index.first_row[row] + frame]
+            (entry,) = take_entries(index.entries[kind], kind, index.first_row[row : row + 1] + frame)
             shard = index.root / index.shards[index.shard[row]]
             yield read_member(shard, entry, kind)
 
@@ -160,6 +161,20 @@ def test_a_changed_range_or_mean_is_found(index, key):
         assert caught.value.runs == (1,)
 
 
+def test_an_entry_in_the_place_of_another_is_found(index):
+    """Its member, range and CRC-32 are all sound, and another frame's or component's."""
+    spec = SPECS[1]
+    (row,) = index.rows(["run/long"])
+    first = int(index.first_row[row])
+    for kind, source_kind, frame in (("dx", "dx", 5), ("dx", "dy", 4)):
+        source = Source(index, spec)
+        entries = {name: np.array(table) for name, table in index.entries.items()}
+        entries[kind][first + 4] = index.entries[source_kind][first + frame]
+        source._tables = [[entries[name] for name in spec.kinds], []]
+        with pytest.raises(SampleError, match=r"run/long/0000.004.dx.jpg at offset \d+: damaged"):
+            source.read(np.array([row]), np.array([0]), 10)
+
+
 def test_a_member_that_the_index_calls_empty_is_refused(index):
     """Its CRC-32 is sound, in its place in the buffer begins a good image of the batch before, and the bytes
     in front of it are the end of the longest image."""
@@ -172,8 +187,9 @@ def test_a_member_that_the_index_calls_empty_is_refused(index):
     assert encoded.sizes[:-1].max() == encoded.sizes.max()
     entries = {name: np.array(index.entries[name]) for name in spec.kinds}
     empty = entries[spec.kinds[kind]][index.first_row[rows[0]] + step : index.first_row[rows[0]] + step + 1]
+    ranges, jpeg = empty.tobytes()[-12:], encoded.images()[2 * step + kind].tobytes()
     empty["size"] = 0
-    empty["crc32"] = zlib.crc32(empty.tobytes()[-12:])  # of nothing, going on over range and mean
+    empty["crc32"] ^= zlib.crc32(ranges, zlib.crc32(jpeg)) ^ zlib.crc32(ranges)
     source._tables = [[entries[name] for name in spec.kinds], []]
     with pytest.raises(ValueError, match=rf"00{step}.{spec.kinds[kind]}.jpg at offset \d+: 0 bytes by the index"):
         source.read(rows, first, 10)

@@ -34,7 +34,7 @@ def run_case(name: str, seed: int, short: bool) -> Iterator[Fault]:
     with tempfile.TemporaryDirectory(prefix="faults-", ignore_cleanup_errors=True) as folder:
         try:
             for fault in CASES[name](rng, Path(folder), short):
-                num_faults += 1
+                num_faults += not isinstance(fault, disks.NotInjected)
                 yield fault
         except Exception as error:
             traceback.print_exc()
@@ -51,15 +51,19 @@ def run_and_print(name: str, seed: int, short: bool) -> dict[str, Any]:
     faults = []
     for fault in run_case(name, seed, short):
         outcome = "survived" if fault.survived and not fault.lost else f"NOT SURVIVED, {fault.lost} lost: {fault.note}"
+        if isinstance(fault, disks.NotInjected):
+            outcome = "not injected"
         print(f"  {fault.what}: {outcome}", flush=True)
         faults.append(fault)
+    injected = [fault for fault in faults if not isinstance(fault, disks.NotInjected)]
     return {
         "name": name,
-        "injected": len(faults),
-        "survived": sum(fault.survived for fault in faults),
+        "injected": len(injected),
+        "survived": sum(fault.survived for fault in injected),
         "lost": sum(fault.lost for fault in faults),
         "seconds": round(time.monotonic() - start_s, 1),
-        "faults": [asdict(fault) for fault in faults],
+        "not_injected": [fault.what for fault in faults if fault not in injected],
+        "faults": [asdict(fault) for fault in injected],
     }
 
 

@@ -1,7 +1,8 @@
 """Disks that are full, or read-only, while packs and runs write to them.
 
-Full is a small tmpfs where this process may mount one, and a limit on the size of a file elsewhere; read-only wants the
-former. After the error, space is made, and the same command has to end with what an undisturbed one makes.
+Full is a limit on the size of a file, and a small tmpfs where this process may mount one; read-only wants the latter.
+What cannot be injected is said. After the error, space is made, and the same command has to end with what an
+undisturbed one makes.
 """
 
 import subprocess
@@ -38,6 +39,11 @@ class Job:
         process = self.start(out, **options)
         output = process.communicate(timeout=120)[0]
         return process.returncode, output
+
+
+@dataclass(frozen=True)
+class NotInjected(Fault):
+    """A fault that this machine does not allow: it is told, but not counted."""
 
 
 # --- what is run --------------------------------------------------------------------------------------------------
@@ -188,10 +194,13 @@ def disks(rng: np.random.Generator, folder: Path, short: bool) -> Iterator[Fault
         if code:
             raise RuntimeError(f"undisturbed, {job.module} failed: {output}")
         expected = job.harvest(place / "undisturbed")
-        kinds = [full_by_limit]
-        if not short and may_mount(place / "mount"):
-            kinds += [full_disk, read_only_disk]
-        for kind in kinds:
+        yield from full_by_limit(job, place, rng, times, expected)
+        if short:
+            continue
+        if not may_mount(place / "mount"):
+            yield NotInjected(f"{job.module}: no full and no read-only disk, this process may not mount one")
+            continue
+        for kind in (full_disk, read_only_disk):
             yield from kind(job, place, rng, times, expected)
 
 

@@ -142,7 +142,9 @@ class KilledPack:
         helpers = workers(self._process.pid)
         if self._process.poll() is not None:
             return None
-        if victim == "a worker" and helpers:
+        if victim == "a worker" and not helpers:
+            victim = "the parent"
+        if victim == "a worker":
             kill([helpers[self._rng.integers(len(helpers))]])
             self._mourned = True
             return f"{victim} in phase {hit}"

@@ -54,7 +54,7 @@ def is_running(pid: int) -> bool:
 def is_python_cleaner(pid: int) -> bool:
     """Whether this is Python's resource tracker, which removes the semaphores of processes that were killed."""
     try:
-        return b"resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return b"resource_tracker import" in Path(f"/proc/{pid}/cmdline").read_bytes()  # others may have it after -W
     except OSError:
         return False
 

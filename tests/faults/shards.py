@@ -4,27 +4,45 @@ import hashlib
 import os
 import re
 import shutil
-import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from flow.codec import Codec
+from flow.dataset import read_dataset
+from flow.index import build_index, load_index
 from flow.pool import run_pool
-from flow.shard import KINDS
+from flow.shard import ShardError
 from flow.verify import ShardTask, verify_shard
 from loaders import dali_loader
 from loaders.batch import Batch, StreamSpec
+from loaders.draw import Draw
 from loaders.index import open_index
 from loaders.source import Source
 from tests.conftest import pack_arrays, random_video
 from tests.faults import Fault
+from tests.faults.damage import (
+    CODEC,
+    DAMAGES,
+    MIXED_UP,
+    UNREAD,
+    Place,
+    contradicts,
+    damage,
+    draw_in_tar,
+    draw_member,
+    draw_span,
+    read_entries,
+)
 
 #: Large enough for a decoder that is shown damaged bytes to end its process.
 NUM_JPEGS = 640
 NUM_BATCHES = 2
+#: Batches, and samples of one, that go on over damage.
+NUM_SKIPPING = 6
+SKIPPING_SIZE = 64
 SPECS = {
     "spatial": StreamSpec(stream="spatial", crop_px=56),
     "temporal": StreamSpec(stream="temporal", L=10, crop_px=56),
@@ -80,175 +98,165 @@ def load(task: Load) -> tuple[list[str], str, str]:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Bytes of a file that are to be damaged. kind: a member's, "tar header", "clip JSON", or the file's name."""
+class Damaged:
+    """A damaged copy of the set. says: a pattern that the error's message has, which holds the damaged file's name.
+    plain: it may be a ValueError that is no ShardError. ends: no error will not do: the batches need what is damaged.
+    shard: whose damage flow.verify has to find as well, if it is one's.
+    """
 
-    path: Path
-    kind: str
-    offset: int
-    size: int
-
-
-def draw_place(root: Path, kind: str, rng: np.random.Generator) -> Place:
-    """A place of the kind, uniform over those that a set has."""
-    if kind in ("index.bin", "dataset.json"):
-        return Place(root / kind, kind, 0, (root / kind).stat().st_size)
-    path = sorted(root.glob("shard-*.tar"))[rng.integers(2)]
-    with tarfile.open(path) as tar:
-        members = tar.getmembers()
-    if kind == "tar header":
-        return Place(path, kind, members[rng.integers(len(members))].offset, 512)
-    ending = ".json" if kind == "clip JSON" else f".{kind}.jpg"
-    fitting = [member for member in members if member.name.endswith(ending)]
-    member = fitting[rng.integers(len(fitting))]
-    return Place(path, kind, member.offset_data, member.size)
+    what: str
+    task: Load
+    says: str
+    plain: bool = False
+    ends: bool = True
+    shard: str = ""
 
 
-def truncate(place: Place, rng: np.random.Generator) -> None:
-    os.truncate(place.path, place.offset + int(rng.integers(place.size)))
+def damage_copy(kind: str, way: str, sound: Path, root: Path, rng: np.random.Generator) -> Damaged:
+    """A copy of the set with a place of a kind damaged, of those that the batches need if they can be."""
+    shutil.copytree(sound, root)
+    streams = {"rgb": ["spatial"], "bdx": ["bi-directional"], "bdy": ["bi-directional"]}
+    name = str(rng.choice(streams.get(kind, ["temporal", "windows"])))
+    task, spec, path = Load(root, name), SPECS[name], root / kind
+    if kind in UNREAD:
+        place = draw_in_tar(root, kind, rng)
+        damage(way, place, rng)
+        return Damaged(_what(kind, place, way, name), task, "", ends=False, shard=place.path.name)
+    if kind == "dataset.json":
+        place = draw_span(path, path.stat().st_size, rng)
+        damage(way, place, rng, lambda: contradicts(root, sound))
+        return Damaged(_what(kind, place, way, name), task, f"{re.escape(str(root))}|{CODEC}", plain=True, ends=False)
+    if kind == "index.bin":  # header and videos; entries are read when they are needed
+        videos = load_index(root)[1]["videos"].tobytes()
+        place = draw_span(path, path.read_bytes().index(videos) + len(videos), rng)
+        damage(way, place, rng)
+        return Damaged(_what(kind, place, way, name), task, r"index\.bin")
+    entries = read_entries(root, spec, kind.split()[0], 0, NUM_BATCHES, NUM_JPEGS // spec.num_images)
+    if kind == "dx entry":
+        shard, entry = entries[rng.integers(len(entries))]
+        content = (root / "index.bin").read_bytes()
+        place = Place(root / "index.bin", content.index(entry.tobytes()), entry.nbytes)
+        damage(way, place, rng)
+        return Damaged(_what(kind, place, way, name), task, rf"{shard.name}: \S+\.d[xy]\.jpg at offset \d+: ")
+    place = draw_member(entries, rng)
+    damage(way, place, rng)
+    says = rf"{place.path.name}: \S+\.{kind}\.jpg at offset {place.offset}: "
+    if way == "truncated":
+        says = rf"{place.path.name}: \d+ bytes, dataset\.json says \d+"
+    elif way == "truncated, sizes agree":
+        says = rf"{place.path.name}: \S+\.\w+\.jpg at offset \d+: "
+    return Damaged(_what(kind, place, way, name), task, says, shard=place.path.name)
 
 
-def flip_bits(place: Place, rng: np.random.Generator) -> None:
-    content = bytearray(place.path.read_bytes())
-    for bit in rng.choice(place.size * 8, int(rng.integers(1, 9)), replace=False).tolist():
-        content[place.offset + bit // 8] ^= 1 << bit % 8
-    place.path.write_bytes(content)
+def _what(kind: str, place: Place, way: str, spec: str) -> str:
+    return f"{kind} at {place.path.name}:{place.offset}: {way}, {spec}"
 
 
-def zero_block(place: Place, rng: np.random.Generator) -> None:
-    content = bytearray(place.path.read_bytes())
-    begin = place.offset + int(rng.integers(place.size))
-    end = min(begin + int(rng.integers(16, 512)), place.offset + place.size)
-    content[begin:end] = bytes(end - begin)
-    place.path.write_bytes(content)
-
-
-def copy_over(place: Place, rng: np.random.Generator) -> None:
-    """Bytes of the same file from elsewhere, as a disk that mixes up its blocks would leave them."""
-    content = bytearray(place.path.read_bytes())
-    begin = int(rng.integers(len(content) - place.size)) if len(content) > place.size else 0
-    content[place.offset : place.offset + place.size] = content[begin : begin + place.size]
-    place.path.write_bytes(content)
-
-
-DAMAGES: dict[str, Callable[[Place, np.random.Generator], None]] = {
-    "truncated": truncate,
-    "bits flipped": flip_bits,
-    "block zeroed": zero_block,
-    "other bytes": copy_over,
-}
-
-
-def swap_shards(root: Path, other: Path) -> None:
-    first, second = sorted(root.glob("shard-*.tar"))
-    content = first.read_bytes()
-    shutil.copy(second, first)
-    second.write_bytes(content)
-
-
-def other_codec(root: Path, other: Path) -> None:
-    path = root / "dataset.json"
-    path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
-
-
-#: Whole files. other: a pack of other videos of the same names and shapes.
-MIXED_UP: dict[str, Callable[[Path, Path], object]] = {
-    "shards swapped": swap_shards,
-    "a shard of another pack": lambda root, other: shutil.copy(other / "shard-000001.tar", root),
-    "the index of another pack": lambda root, other: shutil.copy(other / "index.bin", root),
-    "dataset.json of another pack": lambda root, other: shutil.copy(other / "dataset.json", root),
-    "another codec version": other_codec,
-    "a shard missing": lambda root, other: (root / "shard-000000.tar").unlink(),
-    "the index missing": lambda root, other: (root / "index.bin").unlink(),
-    "dataset.json missing": lambda root, other: (root / "dataset.json").unlink(),
-}
+def mix_up(what: str, sound: Path, other: Path, root: Path) -> Damaged:
+    shutil.copytree(sound, root)
+    do, says = MIXED_UP[what]
+    do(root, other)
+    of_dataset = what.startswith("dataset.json")
+    return Damaged(what, Load(root, "temporal"), says, plain=of_dataset, ends=what != "dataset.json of another pack")
 
 
 def damaged_files(rng: np.random.Generator, folder: Path, short: bool) -> Iterator[Fault]:
     """Every kind of place is damaged in every way: no wrong tensor, no dead process, and the place is named."""
     sound, other = make_set(folder / "sound", rng), make_set(folder / "other", rng)
-    expected = {name: result for name, result in _loaded({name: Load(sound, name) for name in SPECS})}
+    expected = dict(_loaded([Load(sound, name) for name in SPECS]))
     assert all(result is not None and not result[1] for result in expected.values())
-    tasks, whats = {}, {}
-    streams = {"rgb": ["spatial"], "bdx": ["bi-directional"], "bdy": ["bi-directional"]}
-    for kind in [*KINDS, "tar header", "clip JSON", "index.bin", "dataset.json"]:
-        for damage in rng.permutation(list(DAMAGES))[: 1 if short else None].tolist():
-            root = shutil.copytree(sound, folder / f"{kind} {damage}")
-            place = draw_place(root, kind, rng)
-            DAMAGES[damage](place, rng)
-            spec = str(rng.choice(streams.get(kind, ["temporal", "windows"])))
-            name = f"{kind} at {place.path.name}:{place.offset}: {damage}, {spec}"
-            tasks[name], whats[name] = Load(root, spec), place
-    for name in rng.permutation(list(MIXED_UP))[: 2 if short else None].tolist():
-        root = shutil.copytree(sound, folder / name)
-        MIXED_UP[name](root, other)
-        tasks[name], whats[name] = Load(root, "temporal"), None
-    for name, result in _loaded(tasks):
-        yield _judged(name, tasks[name], whats[name], result, expected[tasks[name].spec])
+    damaged = [
+        damage_copy(kind, way, sound, folder / f"{kind} {way}", rng)
+        for kind, ways in DAMAGES.items()
+        for way in rng.permutation(ways)[: 1 if short else None].tolist()
+    ]
+    names = rng.permutation(list(MIXED_UP))[: 2 if short else None].tolist()
+    damaged += [mix_up(name, sound, other, folder / name) for name in names]
+    by_task = {one.task: one for one in damaged}
+    for task, result in _loaded(list(by_task)):
+        yield _judged(by_task[task], sound, result, expected[Load(sound, task.spec)])
 
 
-def _loaded(tasks: dict[str, Load]) -> Iterator[tuple[str, tuple[list[str], str, str] | None]]:
-    names = {task: name for name, task in tasks.items()}
-    for task, result in run_pool(load, list(tasks.values()), 1):
-        yield names[task], result
+Loaded = tuple[list[str], str, str] | None
 
 
-def _judged(name: str, task: Load, place: Place | None, result: object, expected: object) -> Fault:
+def _loaded(tasks: list[Load]) -> Iterator[tuple[Load, Loaded]]:
+    return run_pool(load, tasks, 1)
+
+
+def _judged(damaged: Damaged, sound: Path, result: Loaded, expected: Loaded) -> Fault:
     """Whether the outcome is one that was promised."""
+    assert expected is not None
     if result is None:
-        return Fault(name, survived=False, note="the process died")
-    (hashes, error, message), (sound, _, _) = result, expected
-    wrong = sum(a != b for a, b in zip(hashes, sound, strict=False))
+        return Fault(damaged.what, survived=False, note="the process died")
+    hashes, error, message = result
+    wrong = sum(a != b for a, b in zip(hashes, expected[0], strict=False))
     if wrong:
-        return Fault(name, survived=False, lost=wrong, note="wrong tensors were delivered")
-    if error and error not in (*SHARD_ERRORS, "ValueError"):
-        return Fault(name, survived=False, note=f"{error}: {message}")
-    if error == "SampleError" and not re.search(r"shard-\d{6}\.tar: \S+\.\w+\.jpg at offset \d+: ", message):
-        return Fault(name, survived=False, note=f"names no shard, member and offset: {message}")
-    if not error and len(hashes) < NUM_BATCHES:
-        return Fault(name, survived=False, note="ended early without an error")
-    if place and place.path.suffix == ".tar" and place.path.exists():
-        sound_shard = task.root.parent / "sound" / place.path.name
-        damaged = place.path.read_bytes() != sound_shard.read_bytes()
-        if damaged and not verify_shard(_shard_task(task.root, sound_shard)).damages:
-            return Fault(name, survived=False, note="flow.verify does not find it")
-    return Fault(f"{name}: {error or 'not read'}")
+        return Fault(damaged.what, survived=False, lost=wrong, note="wrong tensors were delivered")
+    errors = (*SHARD_ERRORS, "ValueError") if damaged.plain else SHARD_ERRORS
+    if error and (error not in errors or not damaged.says or not re.search(damaged.says, message)):
+        return Fault(damaged.what, survived=False, note=f"not what was promised: {error}: {message}")
+    if not error and (damaged.ends or len(hashes) < NUM_BATCHES):
+        return Fault(damaged.what, survived=False, note=f"no error, and {len(hashes)} batches")
+    if damaged.shard or not error:
+        verified = [line for line in verify(damaged.task.root) if damaged.shard in line]
+        if not verified:
+            return Fault(damaged.what, survived=False, note="flow.verify does not find it")
+    if error:
+        return Fault(f"{damaged.what}: {error}")
+    return _unread(damaged, sound)
 
 
-def _shard_task(root: Path, sound: Path) -> ShardTask:
-    content = sound.read_bytes()
-    return ShardTask(root, sound.name, len(content), hashlib.sha256(content).hexdigest(), deep=False)
+def verify(root: Path) -> list[str]:
+    """What flow.verify finds in the shards; before it builds an index, too."""
+    shards = read_dataset(root)["shards"]
+    tasks = [ShardTask(root, shard["name"], shard["bytes"], shard["sha256"], deep=False) for shard in shards]
+    return [line for task in tasks for line in verify_shard(task).damages]
+
+
+def _unread(damaged: Damaged, sound: Path) -> Fault:
+    """Damage that training does not meet and flow.verify finds: whether an index that is built over it tells, too."""
+    try:
+        build_index(damaged.task.root)
+    except ShardError as error:
+        if damaged.shard not in str(error):
+            return Fault(damaged.what, survived=False, note=f"names no shard: {error}")
+        return Fault(f"{damaged.what}: not read, flow.verify and build_index find it")
+    if damaged.what.startswith("tar header"):  # a blank for a blank
+        same = (damaged.task.root / "index.bin").read_bytes() == (sound / "index.bin").read_bytes()
+        return Fault(f"{damaged.what}: not read, means the same, flow.verify finds it", same, note="another index")
+    return Fault(f"{damaged.what}: not read, flow.verify finds it")
 
 
 # --- going on over damage ----------------------------------------------------------------------------------------
 
 
 def skipped_damage(rng: np.random.Generator, folder: Path, short: bool) -> Iterator[Fault]:
-    """Some members are damaged: with data.on_damage=skip, samples that need none of them are what they were, others are
-    replaced by samples of their class, in the same way on one rank and on two, and after a restart."""
+    """Some members are damaged: with data.on_damage=skip, samples whose windows need none of them are what they were,
+    others are replaced by ones of their class, in the same way on one rank and on two, and after a restart."""
     sound = make_set(folder / "sound", rng)
     names = ["temporal", "windows"] if short else list(SPECS)
     for name in names:
         kinds = SPECS[name].kinds + SPECS[name].backward_kinds
         for round in range(1 if short else 3):
             root = shutil.copytree(sound, folder / f"{name} {round}")
-            places = [draw_place(root, str(rng.choice(kinds)), rng) for _ in range(2)]
+            entries = read_entries(root, SPECS[name], str(rng.choice(kinds)), 1, NUM_SKIPPING, SKIPPING_SIZE)
+            places = [draw_member(entries, rng) for _ in range(2)]
             for place in places:
-                zero_block(place, rng)
+                damage("block zeroed", place, rng)
             yield _skipped(name, root, sound, [(p.path.name, p.offset) for p in places])
             shutil.rmtree(root)
 
 
 def _skipped(name: str, root: Path, sound: Path, damaged: list[tuple[str, int]]) -> Fault:
-    what, spec, steps = f"{name}: {damaged} zeroed", SPECS[name], 6
-    batch_size = 64
+    what, spec, steps = f"{name}: {damaged} zeroed", SPECS[name], NUM_SKIPPING
     skip = {"on_damage": "skip", "max_damaged_pct": 50.0}
 
     def batches(root: Path, start: int = 0, rank: int = 0, world_size: int = 1, **options: object) -> list:
         index = open_index(root)
         with dali_loader.train_loader(
-            index, index.split("split1_train"), spec, seed=1, batch_size=batch_size, rank=rank, world_size=world_size,
-            start_step=start, **options,
+            index, index.split("split1_train"), spec, seed=1, batch_size=SKIPPING_SIZE, rank=rank,
+            world_size=world_size, start_step=start, **options,
         ) as loader:  # fmt: skip
             return [(batch, loader.num_replaced) for batch, _ in zip(loader, range(start, steps), strict=False)]
 
@@ -259,7 +267,8 @@ def _skipped(name: str, root: Path, sound: Path, damaged: list[tuple[str, int]])
         hit = _touches(source, was.draw, damaged)
         differs = (got.inputs != was.inputs).flatten(1).any(1).numpy()
         replaced += int(differs.sum())
-        wrong += int((differs & ~hit).sum()) if spec.stacks_per_window == 1 else 0
+        same_draw = (got.draw.video == was.draw.video) & (got.draw.first == was.draw.first)
+        wrong += int((differs & ~hit).sum() + (hit & ~differs & same_draw).sum())
         wrong += int((got.labels != was.labels).sum()) + int(_touches(source, got.draw, damaged).sum())
     halves = [batches(root, rank=rank, world_size=2, **skip) for rank in range(2)]
     for step, (got, _) in enumerate(whole):
@@ -269,14 +278,15 @@ def _skipped(name: str, root: Path, sound: Path, damaged: list[tuple[str, int]])
         wrong += int((again.inputs != got.inputs).any().item())
     source.close()
     counted = whole[-1][1]
-    if wrong or bool(replaced) > bool(counted):
-        return Fault(what, survived=False, lost=wrong, note=f"{wrong} wrong samples, {counted} counted as replaced")
+    if wrong or not replaced or not counted:
+        note = f"{wrong} wrong samples, {replaced} replaced, {counted} counted as that"
+        return Fault(what, survived=False, lost=wrong, note=note)
     return Fault(f"{what}: {replaced} samples replaced")
 
 
-def _touches(source: Source, draw: object, damaged: list[tuple[str, int]]) -> np.ndarray:
-    """Which samples (n,) of a draw are made from a damaged member."""
-    entries = source.stored_entries(draw.video, draw.tau, source.spec.steps)
+def _touches(source: Source, draw: Draw, damaged: list[tuple[str, int]]) -> np.ndarray:
+    """Which samples (n,) of a draw, or their windows, are made from a damaged member."""
+    entries = source.stored_entries(draw.video, draw.first, source.spec.window_steps)
     shards = np.array(source.index.shards)[source.index.shard[draw.video]]
     hit = np.zeros(len(draw), bool)
     for shard, offset in damaged:
