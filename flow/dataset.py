@@ -37,7 +37,10 @@ def read_dataset(root: Path) -> dict[str, Any]:
         raise ValueError(
             f"{root} has format version {version!r:.40}, this code reads {FORMAT_VERSION}. Pack the set again."
         )
-    Codec.from_metadata(dataset["codec"])
+    try:
+        Codec.from_metadata(dataset["codec"])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     return dict(dataset)
 
 

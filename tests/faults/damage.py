@@ -105,20 +105,28 @@ def copy_over(place: Place, rng: np.random.Generator) -> None:
     place.path.write_bytes(content)
 
 
+def copy_neighbour(place: Place, rng: np.random.Generator) -> None:
+    """One of the things of the same size that stand next to it."""
+    content = bytearray(place.path.read_bytes())
+    begin = place.offset + place.size * int(rng.choice([-2, -1, 1, 2]))
+    content[place.offset : place.offset + place.size] = content[begin : begin + place.size]
+    place.path.write_bytes(content)
+
+
 WAYS: dict[str, Callable[[Place, np.random.Generator], None]] = {
     "bits flipped": flip_bits,
     "block zeroed": zero_block,
     "other bytes": copy_over,
     "truncated": truncate,
     "truncated, sizes agree": truncate_and_agree,
+    "neighbour's": copy_neighbour,
 }
 #: What training does not read.
 UNREAD = ("tar header", "clip JSON")
-#: Kinds of places, "dx entry" being one of the index, and the ways to damage them. Not by bytes from elsewhere: a whole
-#: entry in another one's place is sound by itself, and only flow.verify finds it.
+#: Kinds of places, "dx entry" being one of the index, and the ways to damage them.
 DAMAGES = {kind: ["bits flipped", "block zeroed", "other bytes", "truncated, sizes agree"] for kind in KINDS}
 DAMAGES |= {kind: ["bits flipped", "block zeroed", "other bytes"] for kind in UNREAD}
-DAMAGES |= {"dx entry": ["bits flipped", "block zeroed"]}
+DAMAGES |= {"dx entry": ["bits flipped", "block zeroed", "neighbour's"]}
 DAMAGES |= {"index.bin": list(WAYS)[:4], "dataset.json": list(WAYS)[:4]}
 DAMAGES["rgb"] += ["truncated"]
 
@@ -138,10 +146,6 @@ def contradicts(root: Path, sound: Path) -> bool:
     except ValueError:
         return True
     return any(now[key] != was[key] for key in ("classes", "num_videos", "shards"))
-
-
-#: Of an encoding that this code does not read; the message names no file.
-CODEC = "are encoded with '|codec metadata|range=|bound_px=|quality="
 
 
 def swap_shards(root: Path, other: Path) -> None:
@@ -168,7 +172,7 @@ MIXED_UP: dict[str, tuple[Callable[[Path, Path], object], str]] = {
         r"The index of .* lists other|shard-\d{6}\.tar: \S+\.\w+\.jpg at offset \d+: ",
     ),
     "dataset.json of another pack": (lambda root, other: shutil.copy(other / "dataset.json", root), r"dataset\.json"),
-    "dataset.json of another codec version": (other_codec, CODEC),
+    "dataset.json of another codec version": (other_codec, r"dataset\.json: The data are encoded with"),
     "a shard missing": (lambda root, other: (root / "shard-000000.tar").unlink(), r"shard-000000\.tar: missing"),
     "the index missing": (lambda root, other: (root / "index.bin").unlink(), r"index\.bin"),
     "dataset.json missing": (lambda root, other: (root / "dataset.json").unlink(), r"dataset\.json"),
