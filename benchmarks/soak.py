@@ -5,7 +5,8 @@
 Each part is a command of its own, of which the whole tree of processes is sampled: resident memory, the private part of
 it, shared memory, open files, threads, processes. A line is fitted to what was sampled after the warm-up, a fifth of
 the time. `flat` means that it rises over that time by less than 3 % of the median of memory, and by less than one of
-whatever is counted. At the end comes Ctrl-C, as from a terminal: to all processes of the part at once.
+whatever is counted. At the end comes Ctrl-C, as from a terminal: to all processes of the part at once. The exit code is
+1 if anything is not flat, or is left.
 """
 
 import argparse
@@ -147,6 +148,13 @@ def soak(command: list[str], seconds: float, every_s: float, folder: Path, warm:
     return {"seconds": seconds, "verdicts": verdicts, "end": {**end, "shared_memory_left": left}, "samples": thinned}
 
 
+def is_sound(row: dict[str, Any], quick: bool) -> bool:
+    """Whether a part grew in nothing, ended by Ctrl-C, and left nothing. quick: seconds tell nothing about growth."""
+    flat = quick or all(verdict["flat"] for verdict in row["verdicts"].values())
+    end = row["end"]
+    return flat and end["exit_code"] == 130 and not end["orphans"] and not end["shared_memory_left"]
+
+
 # --- parts --------------------------------------------------------------------------------------------------------
 
 
@@ -224,7 +232,7 @@ def main(argv: list[str] | None = None) -> int:
             for quantity, verdict in rows[-1]["verdicts"].items():
                 print(f"  {quantity}: {json.dumps(verdict)}")
     print(f"written to {out}")
-    return 0
+    return int(not all(is_sound(row, options.quick) for row in rows))
 
 
 if __name__ == "__main__":

@@ -3,11 +3,13 @@
 import os
 import resource
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from tests.hostile import bounded_memory
 from train import checkpoint as module
 from train.checkpoint import (
     Checkpoint,
@@ -15,13 +17,14 @@ from train.checkpoint import (
     checkpoint_files,
     load_checkpoint,
     load_newest,
+    load_state,
     save_checkpoint,
     set_aside,
 )
 
 
 def make(step=5, **changes):
-    net = {"weight": torch.arange(6.0).reshape(2, 3) + int(step)}
+    net = {"weight": torch.arange(6.0).reshape(2, 3) + min(int(step), 100)}
     optimizer = {"state": {0: {"momentum_buffer": torch.ones(2, 3)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
     fields = {"stream": "spatial", "step": step, "net": net, "optimizer": optimizer, "config": {"train.seed": 0}}
     return Checkpoint(**{**fields, "dataset": "d1", **changes})
@@ -114,7 +117,7 @@ def test_the_last_ones_are_kept_and_at_every_instant_a_whole_one_is_there(tmp_pa
     assert sorted(file.name for file in tmp_path.iterdir()) == ["checkpoint.pt", "checkpoint.pt.1", "checkpoint.pt.2"]
 
 
-def test_a_damaged_newest_falls_back_and_is_put_aside(tmp_path, caplog):
+def test_a_damaged_newest_falls_back_and_is_put_aside(tmp_path):
     path = tmp_path / "checkpoint.pt"
     assert load_newest(path) == (None, [])
     for step in (1, 2):
@@ -122,8 +125,7 @@ def test_a_damaged_newest_falls_back_and_is_put_aside(tmp_path, caplog):
     path.write_bytes(path.read_bytes()[:-100])
     checkpoint, damaged = load_newest(path)
     assert (checkpoint.step, damaged) == (1, [path])
-    set_aside(damaged, path, 1)
-    assert "checkpoint.pt is damaged: it is now checkpoint.pt.damaged" in caplog.text and "of step 1" in caplog.text
+    assert set_aside(*damaged, path) == tmp_path / "checkpoint.pt.damaged"
     save_checkpoint(make(step=2), path, keep=2)  # and does not push the good one out
     assert [load_checkpoint(file).step for file in checkpoint_files(path)] == [2, 1]
     for file in checkpoint_files(path):
@@ -166,14 +168,78 @@ def test_a_flipped_bit_is_found_or_changes_nothing(tmp_path):
         ({"step": "5", "net": {}}, "step is a str, expected a int"),
         ({"step": -1}, "step -1 of stream 'spatial'"),
         ({"stream": "other"}, "step 5 of stream 'other'"),
-        ({"net": {"weight": 5}}, "net holds more than tensors"),
+        ({"net": {"weight": 5}}, "net holds more than whole tensors"),
         ({"config": {"a": bytearray(5)}}, "names .*bytearray, which no checkpoint needs"),
+        ({"config": {5: 1}}, "config holds more than plain values"),
+        ({"config": {"train.seed": {"a": 1}}}, "config holds more than plain values"),
+        ({"net": {5: torch.ones(1)}}, "net holds more than whole tensors by their names"),
+        ({"net": {"weight": torch.ones(1).expand(10**9)}}, "net holds more than whole tensors"),
+        ({"step": 2**70, "net": {}}, "a step of 71 bits"),
     ],
 )
 def test_other_contents_are_named(tmp_path, change, message):
     save_checkpoint(make(**change), tmp_path / "checkpoint.pt")
     with pytest.raises(DamagedCheckpointError, match=message):
         load_checkpoint(tmp_path / "checkpoint.pt")
+
+
+def laughs(levels=60):
+    """A list that stands for 2**60 values; the pickle has each level once."""
+    value = ["a"]
+    for _ in range(levels):
+        value = [value, value]
+    return value
+
+
+ONE = torch.ones(1).expand(10**9)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"config": {"train.streams": laughs()}}, "config holds more than plain values"),
+        *(
+            ({"optimizer": {"state": state}}, "optimizer holds more than whole tensors")
+            for state in ([], {0: [ONE]}, {"0": {}}, {0: {"momentum_buffer": ONE}}, {0: {"momentum_buffer": laughs()}})
+        ),
+    ],
+    ids=range(6),
+)
+def test_little_that_stands_for_much_is_refused(tmp_path, change, message):
+    save_checkpoint(make(**change), tmp_path / "checkpoint.pt")
+    assert (tmp_path / "checkpoint.pt").stat().st_size < 10_000
+    with bounded_memory(), pytest.raises(DamagedCheckpointError, match=message):
+        load_checkpoint(tmp_path / "checkpoint.pt")
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {0: {"momentum_buffer": torch.ones(7)}},
+        {0: {"momentum_buffer": torch.ones(2, 3, dtype=torch.float64)}},
+        {0: {"step": torch.ones(2, 3)}},
+        {1: {"momentum_buffer": torch.ones(2, 3)}},
+        {-1: {"momentum_buffer": torch.ones(2, 3)}},
+    ],
+    ids=str,
+)
+def test_another_optimizers_momentum_is_named(tmp_path, state):
+    """Torch takes all of these; most fail in the next step."""
+    optimizer = torch.optim.SGD([torch.ones(2, 3, requires_grad=True)], lr=0.1, momentum=0.9)
+    with pytest.raises(ValueError, match="checkpoint.pt is of another net"):
+        load_state(
+            optimizer, {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}, Path("checkpoint.pt")
+        )
+
+
+def test_the_config_and_not_the_checkpoint_sets_the_optimizer():
+    weight = torch.ones(2, 3, requires_grad=True)
+    optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9, weight_decay=0.5)
+    momentum = {"momentum_buffer": torch.full((2, 3), 4.0)}
+    load_state(optimizer, {"state": {0: momentum}, "param_groups": [{"momentum": "x", "lr": 9}]}, Path("checkpoint.pt"))
+    weight.grad = torch.zeros(2, 3)
+    optimizer.step()  # v = 0.9 v + 0.5 w, w - 0.1 v
+    torch.testing.assert_close(weight.detach(), torch.full((2, 3), 1 - 0.1 * (0.9 * 4 + 0.5)))
 
 
 @contextmanager

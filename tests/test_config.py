@@ -3,6 +3,7 @@
 import pytest
 
 from train.config import (
+    CHANGEABLE,
     CONFIG_FOLDER,
     Config,
     differing_keys,
@@ -70,6 +71,15 @@ def test_differences_are_named_and_change_the_hash():
     assert [line.split(":")[0] for line in differing_keys(a, b)] == ["temporal.milestones", "train.seed"]
     assert "asked 5" in differing_keys(a, b)[1]
     assert short_hash(a) == short_hash(resolve_config("demo")) != short_hash(b)
+
+
+def test_how_a_run_is_made_is_no_difference():
+    a = resolve_config("demo")
+    b = resolve_config("demo", ["train.timeout_s=9", "data.on_damage=skip", "train.log_every=3"])
+    assert differing_keys(a, b) == [] and short_hash(a, CHANGEABLE) == short_hash(b, CHANGEABLE) != short_hash(a)
+    assert set(to_flat(a)) >= CHANGEABLE
+    c = resolve_config("demo", ["train.timeout_s=9", "train.clip_grad_norm=1"])
+    assert len(differing_keys(a, c)) == 1 and short_hash(a, CHANGEABLE) != short_hash(c, CHANGEABLE)
 
 
 @pytest.mark.parametrize(

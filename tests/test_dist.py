@@ -11,14 +11,16 @@ import time
 import numpy as np
 import pytest
 import torch
+from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 
 from loaders.index import open_index
 from tests.tiny import tiny_config, tiny_overrides
+from train import dist, watchdog
 from train import launch as train_launch
-from train import watchdog
 from train.dist import Machines, ProcessFailedError, World, launch
 from train.engine import loader_module, loader_options
 from train.evaluate import scores_path
+from train.interrupt import ending_at_once
 from train.log import read_log
 from train.model import build_net, compute_logits, stream_spec
 from train.scores import read_scores
@@ -173,6 +175,7 @@ def hang(holding_the_gil):
 @pytest.mark.parametrize("holding_the_gil", [False, True])
 def test_a_process_that_hangs_is_ended_and_says_what_it_waited_for(holding_the_gil, capfd, monkeypatch):
     monkeypatch.setattr(watchdog, "_GRACE_S", 0.2)
+    monkeypatch.setattr(watchdog, "_TIMER_FACTOR", 1.5)
     process = multiprocessing.get_context("fork").Process(target=hang, args=(holding_the_gil,))
     process.start()
     process.join(60)
@@ -183,6 +186,65 @@ def test_a_process_that_hangs_is_ended_and_says_what_it_waited_for(holding_the_g
     else:
         assert re.search(r"process 3 of 4 has waited \d s for the shard that never comes", errors)
         assert "the same command goes on from the last checkpoint" in errors.lower()
+
+
+def suspended(go_on):
+    logging.getLogger().handlers.clear()  # those that pytest has set up
+    dog = Watchdog("process 0 of 1", 0.5)  # patience: 1.55 s
+    dog.note("the end")
+    go_on.wait()
+    time.sleep(0.3)  # time for several looks of the watchdog
+    dog.close()
+    os._exit(7)
+
+
+def test_a_process_that_was_suspended_goes_on(capfd, monkeypatch):
+    """As by Ctrl-Z or a scheduler, for longer than it may wait."""
+    monkeypatch.setattr(watchdog, "_GRACE_S", 0)
+    context = multiprocessing.get_context("fork")
+    go_on = context.Event()
+    process = context.Process(target=suspended, args=(go_on,))
+    process.start()
+    time.sleep(0.3)
+    os.kill(process.pid, signal.SIGSTOP)
+    time.sleep(3)
+    os.kill(process.pid, signal.SIGCONT)
+    go_on.set()
+    process.join(60)
+    assert process.exitcode == 7 and "has waited" not in capfd.readouterr().err
+
+
+def handled(answered):
+    with ending_at_once():
+        signal.signal(signal.SIGUSR1, lambda *_: answered.set())
+        os.kill(os.getpid(), signal.SIGUSR1)
+        answered.wait()
+        time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+
+def test_a_signal_that_another_handles_ends_nothing(capfd):
+    context = multiprocessing.get_context("fork")
+    answered = context.Event()
+    process = context.Process(target=handled, args=(answered,))
+    process.start()
+    process.join(60)
+    assert answered.is_set() and process.exitcode == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM" in capfd.readouterr().err
+
+
+def test_a_late_failure_to_meet_is_named(monkeypatch):
+    """As when the machine of the endpoint is gone."""
+
+    def lost(options, entry):
+        raise RendezvousConnectionError("The connection to the C10d store has failed.")
+
+    monkeypatch.setattr(dist, "elastic_launch", lost)
+    with pytest.raises(
+        ProcessFailedError, match=r"no longer, at host:1 \(RendezvousConnectionError\).*on each goes on"
+    ):
+        launch(Machines(num_procs=1, num_nodes=2, rdzv_endpoint="host:1"), hang)
 
 
 def test_progress_and_rest_keep_a_watchdog_quiet(monkeypatch):

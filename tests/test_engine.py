@@ -138,6 +138,38 @@ def test_a_loss_that_explodes_names_step_videos_and_what_to_do(packed, tmp_path)
     assert not checkpoint_files(tmp_path / "checkpoint.pt")
 
 
+@pytest.mark.parametrize(("keep", "after"), [(2, 4), (1, 8)])
+@pytest.mark.parametrize("log_every", [1, 1000])
+def test_a_checkpoint_that_explodes_is_put_aside(packed, tmp_path, monkeypatch, uninterrupted, keep, after, log_every):
+    """Finite weights, but huge, at a save: the next step's loss tells. Should none be left, it stays."""
+    update, done = engine.update, []
+
+    def spoiled(model, *arguments):
+        loss = update(model, *arguments)
+        done.append(1)
+        if len(done) == 8:
+            for parameter in model.parameters():
+                parameter.data *= 1e12
+        return loss
+
+    config = tiny_config(packed, train__keep_checkpoints=keep, train__log_every=log_every)
+    aside = "it is now checkpoint.pt.damaged, and the same command goes on from the one before it"
+    alone = "none before it is kept: if it fails again, give --resume never"
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "update", spoiled)
+        with pytest.raises(
+            FloatingPointError,
+            match=f"the loss is .* at step 9; .* The checkpoint of step 8 in .*{aside if keep == 2 else alone}",
+        ):
+            train(config, "temporal", tmp_path)
+    assert [load_checkpoint(file).step for file in checkpoint_files(tmp_path / "checkpoint.pt")] == [after]
+    if keep == 2:
+        assert load_checkpoint(tmp_path / "checkpoint.pt.damaged").step == 8
+        train(config, "temporal", tmp_path)
+        ours, theirs = (load_checkpoint(run / "checkpoint.pt").net for run in (tmp_path, uninterrupted / "temporal"))
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
 @pytest.mark.parametrize("log_every", [1, 1000])
 @pytest.mark.parametrize("step", [5, 8])
 def test_a_weight_that_is_not_finite_is_never_saved(packed, tmp_path, monkeypatch, log_every, step):
@@ -153,7 +185,7 @@ def test_a_weight_that_is_not_finite_is_never_saved(packed, tmp_path, monkeypatc
 
     monkeypatch.setattr(engine, "update", spoiled)
     what = "the loss is nan at step 6" if step == 5 else "weights are not finite after step 8"
-    with pytest.raises(FloatingPointError, match=f"temporal: {what}; .* The checkpoint of step 4, ") as error:
+    with pytest.raises(FloatingPointError, match=f"temporal: {what}; .* The checkpoint of step 4 in ") as error:
         train(tiny_config(packed, train__log_every=log_every), "temporal", tmp_path)
     assert str(error.value).endswith(f"its videos were {', '.join(drawn[5 if step == 5 else 7])}.")
     assert [load_checkpoint(file).step for file in checkpoint_files(tmp_path / "checkpoint.pt")] == [4]
@@ -174,6 +206,12 @@ def test_a_checkpoint_of_another_net_is_named(packed, tmp_path):
     train(tiny_config(packed, temporal__steps=1), "temporal", tmp_path)
     with pytest.raises(ValueError, match="checkpoint.pt is of another net than this config's"):
         train(tiny_config(packed, model__width=0.0625), "temporal", tmp_path)
+
+
+def test_a_checkpoint_beyond_the_last_step_is_named(packed, tmp_path):
+    train(tiny_config(packed, temporal__steps=3), "temporal", tmp_path)
+    with pytest.raises(ValueError, match="checkpoint.pt is of step 3, but the run has 2: it is another run's"):
+        train(tiny_config(packed, temporal__steps=2), "temporal", tmp_path)
 
 
 def test_gradients_are_clipped_to_their_norm(packed):

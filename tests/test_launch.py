@@ -50,8 +50,8 @@ def test_the_last_steps_can_be_repeated_alone(finished, capsys):
 def test_the_default_run_folder_follows_from_the_config(packed_demo, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(launch, "launch", lambda *_, **__: None)
-    for seed in (0, 0, 1):
-        launch.main(["--gpus", "0", *tiny_overrides(packed_demo, train__seed=seed)])
+    for seed, timeout_s in ((0, 300), (0, 600), (1, 300)):
+        launch.main(["--gpus", "0", *tiny_overrides(packed_demo, train__seed=seed, train__timeout_s=timeout_s)])
     folders = sorted(path.name for path in (tmp_path / "runs").iterdir())
     assert len(folders) == 2
     assert all(name.startswith("demo-") for name in folders)
@@ -64,6 +64,13 @@ def test_another_config_cannot_continue_a_run(packed, tmp_path):
     with pytest.raises(ValueError, match="temporal.lr: stored 0.01, asked 0.5; train.seed: stored 0, asked 1"):
         open_run(tmp_path / "run", changed, "auto")
     assert read_config(tmp_path / "run" / "config.yaml") == tiny_config(packed)
+
+
+def test_a_stopped_run_may_wait_longer_or_go_on_over_damage(packed, tmp_path):
+    open_run(tmp_path / "run", tiny_config(packed), "auto")
+    changed = tiny_config(packed, train__timeout_s=900, data__on_damage="skip", train__keep_checkpoints=5)
+    open_run(tmp_path / "run", changed, "auto")
+    assert read_config(tmp_path / "run" / "config.yaml") == changed
 
 
 def test_starting_over_deletes_the_old_run_and_nothing_else(packed, tmp_path):

@@ -40,6 +40,15 @@ def test_growth_is_told_from_noise_and_from_a_slow_start():
     assert found["threads"]["flat"] and found["private_bytes"]["flat"]
 
 
+def test_growth_or_what_is_left_is_not_sound():
+    clean = {"exit_code": 130, "orphans": 0, "shared_memory_left": 0}
+    row = {"verdicts": soak.judge(samples()), "end": clean}
+    growing = {"verdicts": soak.judge(samples(threads=40)), "end": clean}
+    assert soak.is_sound(row, quick=False) and not soak.is_sound(growing, quick=False)
+    for key in clean:
+        assert not soak.is_sound({**row, "end": {**clean, key: 1}}, quick=False)
+
+
 LEAVES = """
 import signal, subprocess, sys, time
 from multiprocessing.shared_memory import SharedMemory
@@ -60,7 +69,7 @@ def test_what_is_left_after_ctrl_c_is_found(tmp_path, monkeypatch):
         row = soak.soak([sys.executable, "-c", LEAVES, str(started)], 0.5, 0.05, tmp_path, started)
     finally:
         os.unlink(f"{soak.SHARED_MEMORY}{started.read_text()}")
-    assert row["end"]["orphans"] == 1 and row["end"]["shared_memory_left"] == 1
+    assert row["end"]["orphans"] == 1 and row["end"]["shared_memory_left"] == 1 and not soak.is_sound(row, quick=True)
     assert row["verdicts"]["processes"]["median"] >= 2
 
 

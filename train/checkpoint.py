@@ -7,7 +7,6 @@ checkpoint.pt.2    the one before that, ...
 
 from __future__ import annotations
 
-import logging
 import os
 import pickletools
 import re
@@ -24,9 +23,8 @@ from flow.untrusted import open_regular
 from train.config import STREAMS
 from train.disk import writing
 
-logger = logging.getLogger(__name__)
-
 FORMAT_VERSION = 1
+MAX_STEP_BITS = 31
 _FIELDS = {"stream": str, "step": int, "net": dict, "optimizer": dict, "config": dict, "dataset": str}
 
 #: All that the pickle in a checkpoint may name: tensors, and the dict of a state.
@@ -102,10 +100,8 @@ def load_checkpoint(path: Path, *, dataset: str | None = None) -> Checkpoint:
         if not isinstance(state.get(name), kind):
             raise _damaged(path, f"{name} is a {type(state.get(name)).__name__}, expected a {kind.__name__}")
     checkpoint = Checkpoint(**{name: state[name] for name in _FIELDS})
-    if checkpoint.step < 0 or checkpoint.stream not in STREAMS:
-        raise _damaged(path, f"step {checkpoint.step} of stream {checkpoint.stream[:20]!r}")
-    if not all(isinstance(value, torch.Tensor) for value in checkpoint.net.values()):
-        raise _damaged(path, "net holds more than tensors")
+    if wrong := _what_is_wrong(checkpoint):
+        raise _damaged(path, wrong)
     if dataset is not None and checkpoint.dataset != dataset:
         raise ValueError(
             f"{path} was trained on data set {checkpoint.dataset}, not on {dataset}, which data.root and extra_roots "
@@ -141,24 +137,76 @@ def load_newest(path: Path, *, dataset: str | None = None) -> tuple[Checkpoint |
 
 
 def load_state(target: torch.nn.Module | torch.optim.Optimizer, state: dict[str, Any], path: Path) -> None:
-    """Load a checkpoint's state into a net or an optimizer. Raises ValueError if it is that of another."""
+    """Load a checkpoint's state into a net or an optimizer. Raises ValueError if it is that of another.
+
+    Of an optimizer's, the momentum alone: the config has the rest.
+    """
     try:
-        target.load_state_dict(state)
+        if isinstance(target, torch.optim.Optimizer):
+            own = target.state_dict()
+            target.load_state_dict({**own, "state": _momentum(target, state)})
+        else:
+            target.load_state_dict(state)
     except Exception as error:  # a state that is none makes torch raise almost anything
         raise ValueError(f"{path} is of another net than this config's: {str(error)[:1000]}") from error
 
 
-def set_aside(damaged: list[Path], path: Path, step: int) -> None:
-    """Rename damaged checkpoints, or the next save would keep them in the place of good ones; and say so."""
-    for file in damaged:
-        aside = path.with_name(f"{path.name}.damaged")
-        logger.warning(
-            "%s is damaged: it is now %s, and training goes on from the checkpoint before it, of step %d",
-            file,
-            aside.name,
-            step,
-        )
-        os.replace(file, aside)
+def set_aside(file: Path, path: Path) -> Path:
+    """Rename a bad checkpoint, or the next save would keep it in the place of a good one. Returns its new name."""
+    aside = path.with_name(f"{path.name}.damaged")
+    os.replace(file, aside)
+    return aside
+
+
+def _momentum(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """The state of each parameter by its number. Raises ValueError, KeyError, ... if they are not this optimizer's.
+
+    Torch would find another shape in the next step only.
+    """
+    parameters = dict(enumerate(parameter for group in optimizer.param_groups for parameter in group["params"]))
+    for number, entry in state["state"].items():
+        for name, value in entry.items():
+            wanted = parameters[number]
+            if name != "momentum_buffer" or (
+                value is not None and (value.shape, value.dtype) != (wanted.shape, wanted.dtype)
+            ):
+                raise ValueError(
+                    f"{name} of parameter {number} is not a momentum of {tuple(wanted.shape)} {wanted.dtype}"
+                )
+    return state["state"]
+
+
+def _what_is_wrong(checkpoint: Checkpoint) -> str | None:
+    """What no checkpoint of ours holds, or None: values that take more memory or time than the file's size suggests."""
+    if checkpoint.step.bit_length() > MAX_STEP_BITS:
+        return f"a step of {checkpoint.step.bit_length()} bits"
+    if checkpoint.step < 0 or checkpoint.stream not in STREAMS:
+        return f"step {checkpoint.step} of stream {checkpoint.stream[:20]!r}"
+    if not all(isinstance(key, str) and _is_plain(value) for key, value in checkpoint.config.items()):
+        return "config holds more than plain values by their names"
+    if not all(isinstance(name, str) and _is_whole(value) for name, value in checkpoint.net.items()):
+        return "net holds more than whole tensors by their names"
+    momenta = checkpoint.optimizer.get("state", {})
+    if not isinstance(momenta, dict) or not all(
+        isinstance(number, int)
+        and isinstance(entry, dict)
+        and all(value is None or _is_whole(value) for value in entry.values())
+        for number, entry in momenta.items()
+    ):
+        return "optimizer holds more than whole tensors"
+    return None
+
+
+def _is_plain(value: object) -> bool:
+    """Whether this is what a config holds: a list in a list could be in itself, or stand for billions of values."""
+    return all(
+        isinstance(item, (str, int, float)) or item is None for item in (value if isinstance(value, list) else [value])
+    )
+
+
+def _is_whole(value: object) -> bool:
+    """Whether this is a tensor that has all of its elements in the file: one element may pass for billions."""
+    return isinstance(value, torch.Tensor) and value.nbytes <= value.untyped_storage().nbytes()
 
 
 def _older(path: Path, number: int) -> Path:

@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import hashlib
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -40,6 +40,20 @@ _LARGEST: dict[str, float] = {
     "eval.batch_size": 1 << 16,
     "fuse.folds": 1000,
 }
+#: How a run is made, not what is trained or tested: one that was stopped may go on with other values of these.
+#: `on_damage` changes batches only where a sample is damaged: so a run that damage has ended can go on over it.
+CHANGEABLE = frozenset(
+    {
+        "data.decoder",
+        "data.max_damaged_pct",
+        "data.num_threads",
+        "data.on_damage",
+        "train.checkpoint_every",
+        "train.keep_checkpoints",
+        "train.log_every",
+        "train.timeout_s",
+    }
+)
 STREAMS = ("spatial", "temporal")
 Stream = Literal["spatial", "temporal"]
 
@@ -194,7 +208,8 @@ class TrainConfig:
     clip_grad_norm: float | None = None
     """Scale a gradient whose norm, over all parameters, is larger than this down to it; null: no clipping."""
     timeout_s: float = 300.0
-    """Longest wait for a batch, or for the other processes, before the run fails and says what it waited for."""
+    """Longest time for a batch, for an update, or for the other processes, before the run fails and says for what it
+    waited. torch.compile works in the first update."""
     log_every: int = 20
     """Steps from log line to log line."""
     checkpoint_every: int = 1000
@@ -319,15 +334,22 @@ def from_flat(flat: Mapping[str, Any]) -> Config:
 
 
 def differing_keys(stored: Config, asked: Config) -> list[str]:
-    """Descriptions such as "train.seed: stored 0, asked 1" of every key in which two configs differ."""
+    """Descriptions such as "train.seed: stored 0, asked 1" of keys in which configs differ; CHANGEABLE ones may."""
     old, new = to_flat(stored), to_flat(asked)
-    return [f"{key}: stored {old[key]!r}, asked {new[key]!r}" for key in old if old[key] != new[key]]
+    return [
+        f"{key}: stored {old[key]!r}, asked {new[key]!r}"
+        for key in old
+        if old[key] != new[key] and key not in CHANGEABLE
+    ]
 
 
-def short_hash(config: Config) -> str:
-    """Eight hexadecimal digits of all values that are not the defaults, so that a new key changes nothing."""
+def short_hash(config: Config, ignored: Collection[str] = ()) -> str:
+    """Eight hexadecimal digits of all values that are not the defaults, so that a new key changes nothing.
+
+    ignored: keys that do not count either.
+    """
     default = to_flat(Config())
-    own = sorted((key, value) for key, value in to_flat(config).items() if value != default[key])
+    own = sorted((key, value) for key, value in to_flat(config).items() if value != default[key] and key not in ignored)
     return hashlib.sha256(repr(own).encode()).hexdigest()[:8]
 
 

@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,13 +21,18 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.nn.parallel import DistributedDataParallel
 
 from train.interrupt import children_unaware, ending_at_once, obey, say_stopped
-from train.watchdog import Watchdog
+from train.watchdog import Watchdog, margin_s
 
 logger = logging.getLogger(__name__)
+
+
+#: Time from a process's failure, which the others may share, to its end.
+LAST_WORDS_S = 1.0
 
 
 class ProcessFailedError(Exception):
@@ -186,12 +192,15 @@ def launch(machines: Machines, work: Callable[..., None], *args: Any, timeout_s:
         return
     # OpenMP libraries count their threads when a child starts, before it could call torch.set_num_threads.
     os.environ.setdefault("OMP_NUM_THREADS", str(num_threads))
-    for name in ("agent.server.api", "multiprocessing.api"):  # what they warn of is what they do when told to stop
+    # What they warn of is what they do when told to stop, or when another machine is gone.
+    for name in ("agent.server.api", "multiprocessing.api", "rendezvous.dynamic_rendezvous"):
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.ERROR)
     # A store in rank 0, new with each restart: in the launcher's own, the processes would meet addresses of the dead.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     # Children end at once when told to; the default of 30 s is for those that are still importing, or stopped.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "1")
+    # Processes that were ended leave semaphores; what frees them would say so behind our last line.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
     options = LaunchConfig(
         min_nodes=machines.num_nodes,
         max_nodes=machines.num_nodes,
@@ -214,6 +223,12 @@ def launch(machines: Machines, work: Callable[..., None], *args: Any, timeout_s:
             f"process {number} of {machines.world_size} FAILED with exit code {failure.exitcode}; what it logged above "
             "says why. The same command goes on from the last checkpoint."
         ) from error
+    except RendezvousError as error:
+        raise ProcessFailedError(
+            f"the machines do not find each other, or no longer, at {options.rdzv_endpoint} ({type(error).__name__}). "
+            "Is that machine up, and does each run the command? When all are up again, the same command on each goes "
+            "on from the last checkpoint."
+        ) from error
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
@@ -232,9 +247,11 @@ def _in_child(*fixed: Any) -> None:
         logger.warning("restart %d: going on from the last checkpoint", restart)
     try:
         _in_this_process(*fixed)
-    except BaseException:
+    except BaseException as error:
         # The others will fail too, for want of this process, and the launcher may report one of them instead.
         logger.exception("process %s of %s failed", os.environ["RANK"], os.environ["WORLD_SIZE"])
+        # The launcher ends the others when this one has ended: first they may say what they know, or have waited for.
+        time.sleep(LAST_WORDS_S + (margin_s(fixed[2]) if fixed[2] and isinstance(error, TimeoutError) else 0))
         os._exit(1)  # a thread that hangs would keep the process from ending
 
 

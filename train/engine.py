@@ -115,7 +115,7 @@ def train_stream(config: Config, stream: str, index: Index, folder: Path, world:
     shares = batch_shares(tasks, config, stream, stream_spec(config, stream))
     net = _begin(config, stream, tasks, world, resumed=bool(checkpoint_files(path)))
     optimizer = build_optimizer(net, config)
-    start_step = _restore(net, optimizer, path, tasks, world)
+    start_step = _restore(net, optimizer, path, tasks, schedule.steps, world)
     logger.info("%s: training steps %d to %d", stream, start_step, schedule.steps)
     if start_step == schedule.steps:
         return
@@ -156,6 +156,8 @@ def train_stream(config: Config, stream: str, index: Index, folder: Path, world:
             if done % train.checkpoint_every == 0 or done == schedule.steps:
                 guard.look()
                 guard.check_weights(net, done)
+                if log is not None:
+                    log.sync()
                 _save(net, optimizer, done, config, stream, tasks, path, world)
                 guard.saved = done
 
@@ -256,16 +258,27 @@ def _video_ids(rows: Ints, tasks: Tasks, shares: Sequence[int], world: World) ->
     return names
 
 
-def _restore(net: nn.Module, optimizer: torch.optim.SGD, path: Path, tasks: Tasks, world: World) -> int:
+def _restore(net: nn.Module, optimizer: torch.optim.SGD, path: Path, tasks: Tasks, num_steps: int, world: World) -> int:
     """Load net and optimizer from the newest whole checkpoint, if there is one. Returns the number of updates done."""
     checkpoint, damaged = load_newest(path, dataset=tasks.fingerprint)
     if checkpoint:
+        if checkpoint.step > num_steps:
+            raise ValueError(
+                f"{path} is of step {checkpoint.step}, but the run has {num_steps}: it is another run's. Put its own "
+                "back, or start over with --resume never."
+            )
         load_state(net, checkpoint.net, path)
         load_state(optimizer, checkpoint.optimizer, path)
     step = checkpoint.step if checkpoint else 0
     _check_same_step(step, path.parent, world)  # now all have read
     if world.is_main:
-        set_aside(damaged, path, step)
+        for file in damaged:
+            logger.warning(
+                "%s is damaged: it is now %s, and training goes on from the checkpoint before it, of step %d",
+                file,
+                set_aside(file, path).name,
+                step,
+            )
     return step
 
 

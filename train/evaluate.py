@@ -70,6 +70,7 @@ def evaluate_stream(config: Config, stream: str, index: Index, run: Path, world:
     for data, test_list, part in wanted:
         split_list = test_list.removesuffix("test") + part
         out = scores_path(run, stream, part, data.task)
+        world.at(f"process 0 to look at {out}")
         done = world.is_main and not force and _is_scored(out, digest, num_taus[part])
         if world.sum(torch.tensor(int(done), device=world.device)).item():
             logger.info("%s: %s is scored already", stream, split_list)

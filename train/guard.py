@@ -1,4 +1,7 @@
-"""A loss that is not finite, or explodes, ends the run at its first step; no checkpoint holds what came of it."""
+"""A loss that is not finite, or explodes, ends the run at its first step; none goes on from what came of it.
+
+A checkpoint's weights give the loss of the step after it: if that explodes, the checkpoint is put aside.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from train.checkpoint import checkpoint_files, set_aside
 from train.dist import World
 
 Ints = npt.NDArray[np.int64]
@@ -46,7 +50,7 @@ class LossGuard:
         """Mean loss of the newest global batch; on a GPU this waits for the step.
 
         Raises FloatingPointError, in every process, if that of any step since the last look is not finite or exceeds
-        MAX_LOSS.
+        MAX_LOSS; OSError if the checkpoint whose weights gave it cannot be put aside.
         """
         if self._steps:
             steps, losses, rows = zip(*self._steps, strict=True)
@@ -54,22 +58,36 @@ class LossGuard:
             means = (self._world.sum(torch.stack(losses).double()) / self._world.world_size).tolist()
             for step, loss, videos in zip(steps, means, rows, strict=True):
                 if not abs(loss) <= MAX_LOSS:  # NaN is neither
-                    raise self._error(f"the loss is {loss:g} at step {step}", videos)
+                    raise self._error(f"the loss is {loss:g} at step {step}", videos, of_saved=step == self.saved + 1)
             self._loss, self._rows = means[-1], rows[-1]
         return self._loss
 
     def check_weights(self, net: nn.Module, step: int) -> None:
         """Raise FloatingPointError if a weight is not finite after update `step`, whose loss has been looked at."""
         if not torch.stack([parameter.isfinite().all() for parameter in net.parameters()]).all().item():
-            raise self._error(f"weights are not finite after step {step}", self._rows)
+            raise self._error(f"weights are not finite after step {step}", self._rows, of_saved=False)
 
-    def _error(self, what: str, rows: Ints) -> FloatingPointError:
-        kept = (
-            f"The checkpoint of step {self.saved}, {self._checkpoint}, is good" if self.saved else "No checkpoint yet"
-        )
+    def _error(self, what: str, rows: Ints, *, of_saved: bool) -> FloatingPointError:
+        """of_saved: the loss was that of the newest checkpoint's weights."""
         whose = f"; process {self._world.rank} had the videos" if self._world.world_size > 1 else "; its videos were"
         return FloatingPointError(
-            f"{self._stream}: {what}; lower {self._stream}.lr, or set train.clip_grad_norm, in a new run. {kept}: the "
-            "same command goes on from there, should the cause be a passing one"
-            f"{whose} {', '.join(sorted(set(self._video_ids(rows))))}."
+            f"{self._stream}: {what}; lower {self._stream}.lr, or set train.clip_grad_norm, in a new run. "
+            f"{self._how_to_go_on(of_saved)}{whose} {', '.join(sorted(set(self._video_ids(rows))))}."
+        )
+
+    def _how_to_go_on(self, of_saved: bool) -> str:
+        if not self.saved:
+            return "No checkpoint yet: the same command begins again, should the cause be a passing one"
+        files = checkpoint_files(self._checkpoint)
+        newest = f"The checkpoint of step {self.saved} in {self._checkpoint.parent}"
+        if not of_saved:
+            return f"{newest} is kept: the same command goes on from there, should the cause be a passing one"
+        if len(files) < 2:
+            return f"{newest} has these weights, and none before it is kept: if it fails again, give --resume never"
+        self._world.barrier("the other processes to look at the checkpoints")
+        if self._world.is_main:
+            set_aside(files[0], self._checkpoint)
+        return (
+            f"{newest} has these weights: it is now {self._checkpoint.name}.damaged, and the same command goes on "
+            "from the one before it, should the cause be a passing one"
         )

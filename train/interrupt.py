@@ -30,9 +30,10 @@ def ending_at_once() -> Iterator[None]:
     os.set_blocking(writing, False)
 
     def end() -> None:
-        if number := os.read(reading, 1):  # b"" when the other end is closed
-            say_stopped(number[0])
-            os._exit(128 + number[0])
+        while number := os.read(reading, 1):  # b"" when the other end is closed
+            if number[0] in _SIGNALS:  # others that a library handles in Python come here too
+                say_stopped(number[0])
+                os._exit(128 + number[0])
 
     thread = threading.Thread(target=end, name="interrupt", daemon=True)
     thread.start()

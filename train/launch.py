@@ -11,7 +11,16 @@ import sys
 from pathlib import Path
 
 from loaders.index import open_index
-from train.config import STREAMS, Config, differing_keys, read_config, resolve_config, short_hash, write_config
+from train.config import (
+    CHANGEABLE,
+    STREAMS,
+    Config,
+    differing_keys,
+    read_config,
+    resolve_config,
+    short_hash,
+    write_config,
+)
 from train.disk import writing
 from train.dist import Machines, ProcessFailedError, World, launch
 from train.engine import CHECKPOINT, check_stream, train_stream
@@ -24,7 +33,8 @@ def open_run(run: Path, config: Config, resume: str) -> None:
     """Make `run` the folder of this config's run.
 
     Args:
-        resume: "auto" continues what the folder holds; "never" deletes what an earlier run left there, nothing else.
+        resume: "auto" continues what the folder holds, with new values of CHANGEABLE keys; "never" deletes what an
+            earlier run left there, nothing else.
     Raises ValueError naming the keys that differ if the folder holds a run with another config and `resume` is "auto".
     """
     stored_path = run / "config.yaml"
@@ -50,7 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Command line: everything that can be wrong with the request is reported before a process starts."""
     parser = argparse.ArgumentParser(prog="python -m train.launch", description="Train, test and fuse both streams.")
     parser.add_argument("--config", default="demo", help="name of a config in train/configs, or a YAML file")
-    parser.add_argument("--run", type=Path, help="run folder; default runs/<config>-<hash of the resolved config>")
+    parser.add_argument("--run", type=Path, help="run folder; default runs/<config>-<hash of what is trained>")
     parser.add_argument("--resume", choices=("auto", "never"), default="auto", help="continue the run folder's run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as temporal.steps=300")
     Machines.add_arguments(parser)
@@ -69,7 +79,7 @@ def _prepare(options: argparse.Namespace) -> tuple[Config, Machines, Path]:
     machines = Machines.from_arguments(options)
     machines.check(config.train.batch_size)
     index = open_index(config.data.root)
-    run = options.run or Path("runs") / f"{Path(options.config).stem}-{short_hash(config)}"
+    run = options.run or Path("runs") / f"{Path(options.config).stem}-{short_hash(config, CHANGEABLE)}"
     for stream in config.train.streams:
         check_stream(config, stream, index, machines.world_size, run / stream)
     open_run(run, config, options.resume)

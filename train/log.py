@@ -57,6 +57,11 @@ class TrainLog:
         values = [Summary.Value(tag=name, simple_value=value) for name, value in record.items() if name != "step"]
         self._write_events([Event(step=record["step"], summary=Summary(value=values))])
 
+    def sync(self) -> None:
+        """Put on the disk what was written, before a checkpoint is: a resumed run would lack the lines before it."""
+        with writing(self._path):
+            os.fsync(self._file.fileno())
+
     def _write_events(self, events: Iterable[Any]) -> None:
         """At once, and not by tensorboard's own writer: its thread would be the one to meet a full disk."""
         from tensorboard.summary.writer.record_writer import RecordWriter
