@@ -17,8 +17,9 @@ PROMISES = {
     "the same weights",
     "other number of ranks": "A run that goes on with 1 process in place of 2, or the reverse, sees the same global "
     "batches and dropout masks; loss and weights equal within float tolerance",
-    "damaged files": "Damage to any kind of member, tar header, index or `dataset.json`, up to a missing or swapped "
-    "shard, is an error that names the place, before a wrong tensor is delivered, and never a crash",
+    "damaged files": "Damage to any kind of member, to the index or to `dataset.json`, up to a missing or swapped "
+    "shard, is an error that names the place, before a wrong tensor is delivered, and never a crash. Tar headers and "
+    "clip JSONs are not read in training: what is wrong with them, `flow.verify` finds",
     "skipped damage": "`data.on_damage=skip` takes another draw of the same class, counts and logs it, and gives up "
     "above `data.max_damaged_pct`",
     "hung reader": "A read that does not return ends in a time-out that names what was waited for",
@@ -26,7 +27,8 @@ PROMISES = {
     "failing rank": "A rank that fails takes the job down within a minute",
     "nan loss": "A loss that is no number, or explodes, ends the run with its step and videos; the last good "
     "checkpoint is kept",
-    "interrupt": "Ctrl-C at a random moment ends a run with one line, no process and no shared memory left",
+    "interrupt": "Ctrl-C or SIGTERM at a random moment ends a run with one line, no process and no shared memory left "
+    "(semaphores are not looked at)",
 }
 
 _QUANTITIES = {
