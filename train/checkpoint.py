@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from flow.shard import publish
-from flow.untrusted import open_regular
+from flow.untrusted import open_regular, printable
 from train.config import STREAMS
 from train.disk import writing
 
@@ -242,6 +242,6 @@ def _check_archive(path: Path) -> None:
 
 def _damaged(path: Path, why: str) -> DamagedCheckpointError:
     return DamagedCheckpointError(
-        f"{path} is damaged ({why[:300]}). Put back a copy, or delete it: training then goes on from the checkpoint "
+        f"{path} is damaged ({printable(why)}). Put back a copy, or delete it: training then goes on from the checkpoint "
         "before it, or begins again."
     )
