@@ -242,6 +242,6 @@ def _check_archive(path: Path) -> None:
 
 def _damaged(path: Path, why: str) -> DamagedCheckpointError:
     return DamagedCheckpointError(
-        f"{path} is damaged ({printable(why)}). Put back a copy, or delete it: training then goes on from the checkpoint "
-        "before it, or begins again."
+        f"{path} is damaged ({printable(why)}). Put back a copy, or delete it: training then goes on from the "
+        "checkpoint before it, or begins again."
     )
