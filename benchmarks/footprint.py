@@ -22,7 +22,7 @@ from common import default_out, demo_set, describe_data, write_result
 
 import numpy as np  # isort: skip
 
-from flow.index import VIDEO, load_index, write_index
+from flow.index import VIDEO, load_index, take_entries, write_index
 from flow.shard import write_json
 from loaders import dali_loader
 from loaders.batch import StreamSpec
@@ -49,9 +49,10 @@ def make_many(root: Path, source: Path, num_videos: int) -> None:
     ids = [f"class{label:03d}/v_{i:09d}" for i, label in enumerate(videos["label"].tolist())]
     header["classes"] = [{"name": f"class{label:03d}", "official_id": None} for label in range(100)]
     first = int(model["first_row"])
-    entries = {
-        kind: np.tile(np.array(arrays[kind][first : first + NUM_FRAMES]), num_videos) for kind in ("rgb", "dx", "dy")
-    }
+    entries = {}
+    for kind in ("rgb", "dx", "dy"):
+        tiled = np.tile(take_entries(arrays[kind], kind, first + np.arange(NUM_FRAMES)), num_videos)
+        entries[kind] = take_entries(tiled, kind, np.arange(len(tiled)))  # combined with their new places
     (root / "splits").mkdir(parents=True)
     write_index(root, header, {"videos": videos, "names": np.frombuffer("".join(ids).encode(), np.uint8), **entries})
     (root / "splits" / "split1_train.txt").write_text("".join(f"{video_id}\n" for video_id in ids))

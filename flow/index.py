@@ -113,7 +113,8 @@ def _extend_crc32(entries: npt.NDArray[Any]) -> None:
 
 
 def take_entries(table: npt.NDArray[Any], kind: str, rows: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
-    """Entries in some rows of a kind's table: a copy whose CRC-32 are those of the members with their ranges."""
+    """Entries in some rows of a kind's table: a copy whose CRC-32 are those of the members with their ranges; or, of a
+    table of such entries, with what a table has."""
     entries = table[rows]
     entries["crc32"] ^= _place_mask(kind, rows)
     return entries
