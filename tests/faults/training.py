@@ -440,8 +440,13 @@ def interrupt(rng: np.random.Generator, folder: Path, short: bool) -> Iterator[F
         else:
             time.sleep(rng.uniform(0, duration_s))
         everyone = tree(started.pid)
-        if not everyone or not is_running(started.pid):
-            continue  # it was faster
+        while not everyone or not is_running(started.pid):  # it was faster: again, and sooner
+            duration_s /= 2
+            shutil.rmtree(folder / run)
+            started = job.start(run, procs=procs, eval__num_taus=2)
+            wait_until((folder / run / "config.yaml").exists, GUARD_S)
+            time.sleep(rng.uniform(0, duration_s))
+            everyone = tree(started.pid)
         os.killpg(started.pid, sent) if sent == signal.SIGINT else os.kill(started.pid, sent)
         begin_s = time.monotonic()
         code, output = started.wait()
