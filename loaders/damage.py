@@ -71,14 +71,15 @@ class Replacements:
     def draw_others(self, request: Request, error: SampleError) -> None:
         """Draw others for the runs that an error names. Raises ShardError if there have been too many."""
         with self._lock:
-            num_replaced = self.num_replaced + len(error.runs)
+            runs = [run for run in error.runs if self._is_current(request, run)]
+            num_replaced = self.num_replaced + len(runs)
             if num_replaced * 100 > self._max_damaged_pct * max(self._num_runs, _FEWEST_RUNS):
                 # Nothing is noted: asked again, the same sample is one too many again.
                 raise ShardError(
                     f"{error} With it {num_replaced} samples were damaged, beside {self._num_runs} sound ones: more "
                     f"than data.max_damaged_pct={self._max_damaged_pct}. `python -m flow.verify DIR` names all damage."
                 ) from error
-            for run in error.runs:
+            for run in runs:
                 key = request.keys[run]
                 attempt = self._instead[key][0] + 1 if key in self._instead else 1
                 drawn = draw_instead(self._seed, key, attempt, int(request.video[run]), self._videos, self._spec)
@@ -87,6 +88,12 @@ class Replacements:
             if str(error) not in self._named:
                 self._named.add(str(error))
                 logger.warning("%s Another sample of its class takes its place (%d so far).", error, self.num_replaced)
+
+    def _is_current(self, request: Request, run: int) -> bool:
+        """Whether nothing has replaced what a run of a request asks for: else another thread, which read the same, was
+        faster, and a second attempt would depend on who was."""
+        _, window = self._instead.get(request.keys[run], (0, None))
+        return window is None or (request.video[run], request.tau[run]) == (window.video[0], window.first[0])
 
     def taken(self, request: Request) -> Request:
         """As `apply`, for the requests in their order; counts them, and forgets what no later one uses."""

@@ -17,12 +17,14 @@ from flow.index import build_index
 from flow.shard import FIELD_ENTRY, RGB_ENTRY, ShardError
 from loaders import dali_loader, reference
 from loaders.batch import FLOW_SCALE, StreamSpec
+from loaders.damage import Replacements
 from loaders.draw import draw_batch, population
 from loaders.index import open_index
 from loaders.pipeline import Graph
 from loaders.reader import Reader
 from loaders.reference import ReferenceLoader
-from loaders.source import Source
+from loaders.request import requests
+from loaders.source import SampleError, Source
 from tests.conftest import pack_arrays
 
 SPEC = StreamSpec(stream="temporal", L=10, crop_px=56)
@@ -400,3 +402,19 @@ def test_a_shard_that_goes_away_is_named(copy):
 def load_open(index):
     with dali_loader.train_loader(index, index.split("split1_train"), SPEC, seed=0, batch_size=16) as loader:
         return next(loader)
+
+
+def test_two_threads_that_meet_the_same_damage_replace_it_once(packed):
+    index = open_index(packed)
+    videos = population(index, index.split("split1_train"), SPEC)
+    replacements = Replacements(videos, SPEC, seed=0, first_slot=0, max_damaged_pct=50)
+    (request,) = requests(iter([draw_batch(0, 0, videos, SPEC, 16)]), SPEC, 0, views=False)
+    error = SampleError("damaged", (5,))
+    replacements.draw_others(request, error)
+    once = replacements.apply(request)
+    replacements.draw_others(request, error)  # of the request as it was
+    again = replacements.apply(request)
+    assert (once.video[5], once.tau[5]) == (again.video[5], again.tau[5]) and replacements.num_replaced == 1
+    replacements.draw_others(once, error)  # what takes its place is damaged too
+    assert replacements.num_replaced == 2
+    np.testing.assert_array_equal(np.delete(replacements.apply(request).video, 5), np.delete(request.video, 5))
