@@ -42,18 +42,18 @@ def test_sound_files_are_accepted(name):
 
 
 @pytest.mark.parametrize("name", IN_PROCESS)
-@given(number=st.integers(0, 1 << 32))
-@few(60)
-def test_changed_files_are_read_or_refused(name, number):
-    target, rng = TARGETS[name], Random(number)
-    attempt(target.read, target.mutate(rng.choice(target.seeds()), rng))
+def test_changed_files_are_read_or_refused(name):
+    """Some are refused, some may be read, and nothing else happens: that would be a Finding."""
+    target, rng = TARGETS[name], Random(0)
+    assert False in [attempt(target.read, target.mutate(rng.choice(target.seeds()), rng)) for _ in range(60)]
 
 
 @pytest.mark.parametrize("name", IN_PROCESS)
 @given(data=st.binary(max_size=600))
 @few(20)
 def test_other_files_are_refused(name, data):
-    attempt(TARGETS[name].read, data)
+    """All but those of which nothing, or a line of anything, is one."""
+    assert not attempt(TARGETS[name].read, data) or name in ("config", "log", "split_files")
 
 
 def run_child(folder, names, runs):
