@@ -20,11 +20,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from flow.page import plural
 from flow.resume import hold
 from train.data import check_data
 from train.engine import CHECKPOINT
 from train.fuse import fuse_runs
-from train.page import plural
 from train.paper_report import list_rows, write_report
 from train.plan import (
     Fused,

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from flow.canvas import DPI, new_figure, save_png
 from flow.untrusted import read_json
-from train.canvas import DPI, new_figure, save_png
 from train.config import STREAMS
 from train.flow_figures import draw_flow, draw_stacking
 from train.results import Ints, per_class_recall

@@ -27,6 +27,7 @@ from train.engine import CHECKPOINT, check_stream, train_stream
 from train.evaluate import evaluate_stream, scored
 from train.fuse import fuse_runs, report, write_results
 from train.interrupt import ending_at_once
+from train.origin import write_origin
 
 
 def open_run(run: Path, config: Config, resume: str) -> None:
@@ -83,6 +84,8 @@ def _prepare(options: argparse.Namespace) -> tuple[Config, Machines, Path]:
     for stream in config.train.streams:
         check_stream(config, stream, index, machines.world_size, run / stream)
     open_run(run, config, options.resume)
+    with writing(run / "run.json"):
+        write_origin(run, index)
     return config, machines, run
 
 
@@ -101,7 +104,7 @@ def _run(world: World, config: Config, run: Path) -> None:
 
 def _conclude(config: Config, run: Path) -> None:
     """Fuse, print the tables, and list what the run has written."""
-    wrote = [run / "config.yaml"]
+    wrote = [run / "config.yaml", run / "run.json"]
     for stream in config.train.streams:
         wrote += [run / stream / CHECKPOINT, run / stream / "log.jsonl", *sorted((run / stream).rglob("scores_*.npz"))]
     tasks = [path.parent for stream in config.train.streams for path in scored(run, stream)[1:]]

@@ -11,12 +11,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from flow.page import Block, Grid, Heading, Image, Prose, Text, plural, to_html, to_markdown
 from flow.shard import write_bytes
 from loaders.index import open_index
 from train.figures import draw_confusion, draw_filters, draw_flow, draw_recall, draw_stacking
 from train.fuse import source_group
 from train.measure import Measure, compare, measure, newest, paper_difference, reading, splits_of
-from train.page import Block, Grid, Heading, Image, Prose, Text, plural, to_html, to_markdown
 from train.plan import MINI_CHANGES, MINI_LIMIT_S, Fused, Run, Setting, folder, locate, run_config
 from train.record import Book, Entry
 from train.tables import TABLES, UCF_SVM, Cell, Table, describe_source
@@ -219,7 +219,7 @@ def write_report(
 ) -> list[Path]:
     """Write report.md and report.html, with the figures beside them. Returns their paths.
 
-    findings: file of prose that goes into it as it is (see `train.page.Prose`), if it is there. clip: as in
+    findings: file of prose that goes into it as it is (see `flow.page.Prose`), if it is there. clip: as in
     `draw_figures`.
     """
     out.mkdir(parents=True, exist_ok=True)

@@ -1,14 +1,18 @@
-"""A page of headings, paragraphs, tables and images, as Markdown and as HTML."""
+"""A page of headings, paragraphs, tables and images, as Markdown and as HTML, for screens from a phone's width on."""
 
 from __future__ import annotations
 
+import base64
 import html
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-STYLE = """body{font:15px/1.5 sans-serif;max-width:75rem;margin:2rem auto;padding:0 1rem}table{border-collapse:collapse}
-th,td{padding:.2rem .7rem;text-align:left;border-bottom:1px solid #ccc}img{max-width:100%}code{background:#f2f2f2}"""
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:75rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a}
+.table{overflow-x:auto}table{border-collapse:collapse}th,td{padding:.2rem .7rem;text-align:left;border-bottom:1px solid
+#ccc}img{max-width:100%;height:auto}figure{margin:.5rem 0}figcaption{font-size:.87em;color:#444;overflow-wrap:anywhere}
+code,pre{background:#f2f2f2}pre{padding:.7rem;overflow-x:auto;font-size:.87em}p,li{overflow-wrap:anywhere}
+.columns{display:grid;gap:.5rem 1.5rem;grid-template-columns:repeat(auto-fill,minmax(min(100%,var(--least)),1fr))}"""
 
 
 @dataclass(frozen=True)
@@ -39,13 +43,41 @@ class Image:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """An image that is part of the page itself. mime: such as "image/svg+xml" or "image/jpeg"."""
+
+    content: bytes
+    mime: str
+    caption: str
+
+    @property
+    def uri(self) -> str:
+        return f"data:{self.mime};base64,{base64.b64encode(self.content).decode()}"
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Blocks beside one another, as many as there is room for; each gets least_px at least, if the screen has them."""
+
+    blocks: Sequence[Block]
+    least_px: int = 300
+
+
+@dataclass(frozen=True)
+class Code:
+    """Lines as they stand."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class Prose:
     """Markdown that someone wrote: paragraphs, lists of lines that begin with "- ", `code` and **bold**; no more."""
 
     text: str
 
 
-Block = Heading | Text | Grid | Image | Prose
+Block = Heading | Text | Grid | Image | Picture | Columns | Code | Prose
 
 
 def to_markdown(blocks: Sequence[Block]) -> str:
@@ -60,18 +92,24 @@ def _markdown(block: Block) -> str:
         return block.text
     if isinstance(block, Prose):
         return block.text.strip()
-    if isinstance(block, Image):
-        return f"![{block.caption}]({block.name})\n\n{block.caption}"
+    if isinstance(block, Image | Picture):
+        return f"![{block.caption}]({block.name if isinstance(block, Image) else block.uri})\n\n{block.caption}"
+    if isinstance(block, Columns):
+        return "\n\n".join(map(_markdown, block.blocks))
+    if isinstance(block, Code):
+        return f"```\n{block.text.rstrip()}\n```"
     lines = [block.head, ["---"] * len(block.head), *block.rows]
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 
 
 def to_html(blocks: Sequence[Block]) -> str:
-    """The page as one HTML file, but for its images."""
+    """The page as one HTML file, but for each `Image`. It needs no network."""
     body = "\n".join(_html(block) for block in blocks)
     title = next(block.text for block in blocks if isinstance(block, Heading))
     return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<link rel="icon" href="data:,"><title>{html.escape(title)}</title>'
         f"<style>{STYLE}</style></head><body>\n{body}\n</body></html>\n"
     )
 
@@ -83,12 +121,17 @@ def _html(block: Block) -> str:
         return f"<p>{_inline(block.text)}</p>"
     if isinstance(block, Prose):
         return "\n".join(_prose(part) for part in re.split(r"\n\s*\n", block.text.strip()))
-    if isinstance(block, Image):
-        name, caption = html.escape(block.name), html.escape(block.caption)
+    if isinstance(block, Image | Picture):
+        name, caption = html.escape(block.name if isinstance(block, Image) else block.uri), html.escape(block.caption)
         return f'<figure><img src="{name}" alt="{caption}"><figcaption>{caption}</figcaption></figure>'
+    if isinstance(block, Columns):
+        body = "\n".join(f"<div>{_html(part)}</div>" for part in block.blocks)
+        return f'<div class="columns" style="--least:{block.least_px}px">\n{body}\n</div>'
+    if isinstance(block, Code):
+        return f"<pre>{html.escape(block.text.rstrip())}</pre>"
     head = "".join(f"<th>{_inline(cell)}</th>" for cell in block.head)
     rows = "\n".join(f"<tr>{''.join(f'<td>{_inline(cell)}</td>' for cell in row)}</tr>" for row in block.rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>\n{rows}\n</tbody></table>"
+    return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>\n{rows}\n</tbody></table></div>'
 
 
 def _prose(part: str) -> str:
