@@ -22,6 +22,9 @@ setup(
         "scikit-learn>=1.6,<2",
         "pyyaml>=6,<7",
         "matplotlib>=3.8,<4",
+        # Writes H.264, which every player and browser shows; OpenCV's wheel has no encoder for it.
+        "av>=14,<19",
+        "pillow>=10,<14",
         "safetensors>=0.5,<1",
         "tensorboard>=2.15,<3",
         "tqdm>=4.66,<5",

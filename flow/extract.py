@@ -102,6 +102,18 @@ def flow_method(
     return FLOW_METHODS[name](device, parameters or {})
 
 
+def method_of(metadata: Mapping[str, Any], device: str = "cpu") -> tuple[str, dict[str, Any]]:
+    """Name and parameters of the method that a `dataset.json` records under "flow": what `flow_method` is called with.
+
+    Raises ValueError if there is no such method here, as for flow that another tool computed, or it lacks a parameter.
+    """
+    name, recorded = metadata["method"], metadata.get("parameters") or {}
+    own = flow_method(name, device).parameters
+    parameters = {key: value for key, value in recorded.items() if key not in own or own[key] != value}
+    flow_method(name, device, parameters)
+    return name, parameters
+
+
 def prove_method(name: str, device: str = "cpu", parameters: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Metadata of a method, once it has computed a field here. To be run in a process of its own, which may die of it.
 

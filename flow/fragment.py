@@ -34,8 +34,8 @@ from flow.video import Frame, import_cv2, read_frames, to_grey
 class FragmentTask:
     """A video, and all that its fragment depends on.
 
-    parameters: of the method, in the place of its defaults. camera: subtract its motion. num_gpus: the method runs on
-    one of so many, every process's own, or on the CPU for 0.
+    method: None computes no fields. parameters: of it, in the place of its defaults. camera: subtract its motion.
+    num_gpus: the method runs on one of so many, every process's own, or on the CPU for 0.
     """
 
     path: Path
@@ -44,7 +44,7 @@ class FragmentTask:
     class_id: int | None
     fragment: Path
     size_px: int
-    method: str
+    method: str | None
     parameters: Mapping[str, Any]
     camera: bool
     backward: bool
@@ -122,7 +122,7 @@ def write_fragment(task: FragmentTask) -> FragmentReport:
     start = time.perf_counter()
     try:
         with fragment_file(task.fragment) as file:
-            totals = _FragmentWriter(task, file).run()
+            totals = write_frames(task, read_frames(task.path, task.size_px), file)
     except (ValueError, import_cv2().error) as error:
         return FragmentReport(bad={task.video_id: reason(error)})
     except Exception as error:
@@ -132,7 +132,17 @@ def write_fragment(task: FragmentTask) -> FragmentReport:
     return FragmentReport(totals)
 
 
-class _Step(NamedTuple):
+def write_frames(task: FragmentTask, frames: Iterator[Frame], file: BinaryIO) -> Totals:
+    """Append the members of a video given by its frames (H, W, 3) uint8, one at least, to a fragment."""
+    return _FragmentWriter(task, frames, file).run()
+
+
+def read_steps(task: FragmentTask, frames: Iterator[Frame]) -> Iterator["Step"]:
+    """Frames of a video with the fields between them, as a pack with this task has them before it encodes them."""
+    return chain.from_iterable(_StepReader(task, frames, Totals()).batches())
+
+
+class Step(NamedTuple):
     """A frame (H, W, 3), and the fields (2, H, W) px/frame between it and the one before, d_{t-1} and b_t, if any."""
 
     frame: Frame
@@ -140,34 +150,23 @@ class _Step(NamedTuple):
     backward: Field | None
 
 
-class _FragmentWriter:
-    """State of one video on its way: the open clip, and the totals so far."""
+class _StepReader:
+    """What a thread may do: reading and flow."""
 
-    def __init__(self, task: FragmentTask, file: BinaryIO) -> None:
-        self._task = task
-        self._file = file
-        self._totals = Totals(num_videos=1)
-        self._clip: dict[str, dict[int, Member]] = {}
-        self._size = (0, 0)
+    def __init__(self, task: FragmentTask, frames: Iterator[Frame], totals: Totals) -> None:
+        self._task, self._frames, self._totals = task, frames, totals
 
-    def run(self) -> Totals:
-        batches = self._batches()
-        with closing(ahead(batches) if self._task.num_gpus else batches) as stream:
-            for t, step in enumerate(chain.from_iterable(stream)):
-                self._add_step(t, step)
-        self._write_clip(is_last=True)
-        return self._totals
-
-    # --- what a thread may do: reading and flow ---
-
-    def _batches(self) -> Generator[list[_Step], None, None]:
+    def batches(self) -> Generator[list[Step], None, None]:
         """All steps of the video, as many at a time as the method takes best."""
+        if self._task.method is None:
+            yield from ([Step(frame, None, None)] for frame in self._frames)
+            return
         num_gpus = self._task.num_gpus
         device = f"cuda:{worker_number() % num_gpus}" if num_gpus else "cpu"
         method = flow_method(self._task.method, device, self._task.parameters)
         frames: list[Frame] = []
         greys: list[Grey] = []
-        for frame in read_frames(self._task.path, self._task.size_px):
+        for frame in self._frames:
             frames.append(frame)
             greys.append(to_grey(frame))
             if len(greys) > method.pairs_at_once(greys[0].size):
@@ -176,12 +175,14 @@ class _FragmentWriter:
         if frames:
             yield self._steps(method, frames, greys)
 
-    def _steps(self, method: FlowMethod, frames: list[Frame], greys: list[Grey]) -> list[_Step]:
+    def _steps(self, method: FlowMethod, frames: list[Frame], greys: list[Grey]) -> list[Step]:
         """Steps of consecutive frames. greys: theirs, after that of the frame before them, if there is one."""
+        if len(greys) < 2:
+            return [Step(frames[0], None, None)]
         forward = self._fields(method, greys[:-1], greys[1:])
         backward = self._fields(method, greys[1:], greys[:-1]) if self._task.backward else [None] * len(forward)
-        steps = list(map(_Step, frames[-len(forward) :], forward, backward))
-        return steps if len(steps) == len(frames) else [_Step(frames[0], None, None), *steps]
+        steps = list(map(Step, frames[-len(forward) :], forward, backward))
+        return steps if len(steps) == len(frames) else [Step(frames[0], None, None), *steps]
 
     def _fields(self, method: FlowMethod, grey0: list[Grey], grey1: list[Grey]) -> list[Field]:
         start = time.perf_counter()
@@ -198,9 +199,27 @@ class _FragmentWriter:
             self._totals.num_uncompensated += 1
             return field
 
-    # --- encoding and writing ---
 
-    def _add_step(self, t: int, step: _Step) -> None:
+class _FragmentWriter:
+    """Encoding and writing. State of one video on its way: the open clip, and the totals so far."""
+
+    def __init__(self, task: FragmentTask, frames: Iterator[Frame], file: BinaryIO) -> None:
+        self._task = task
+        self._file = file
+        self._totals = Totals(num_videos=1)
+        self._reader = _StepReader(task, frames, self._totals)
+        self._clip: dict[str, dict[int, Member]] = {}
+        self._size = (0, 0)
+
+    def run(self) -> Totals:
+        batches = self._reader.batches()
+        with closing(ahead(batches) if self._task.num_gpus else batches) as stream:
+            for t, step in enumerate(chain.from_iterable(stream)):
+                self._add_step(t, step)
+        self._write_clip(is_last=True)
+        return self._totals
+
+    def _add_step(self, t: int, step: Step) -> None:
         if step.forward is not None:
             self._add_field(("dx", "dy"), t - 1, step.forward)
             if t % CLIP_FRAMES == 0:

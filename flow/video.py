@@ -10,7 +10,7 @@ import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,7 @@ _FFMPEG_OPTIONS = "protocol_whitelist;file|format_whitelist;asf,avi,flv,m4v,matr
 Frame = npt.NDArray[np.uint8]
 
 
+_NO_VIDEO = "cannot be opened: no video that OpenCV's FFmpeg reads"
 _TOO_LARGE = f"has too large frames: expected at most {MAX_FRAME_PX:,} px"
 
 
@@ -94,7 +95,7 @@ def read_frames(path: Path, size_px: int | None = None) -> Iterator[Frame]:
     capture = _open(path, [cv2.CAP_PROP_N_THREADS, 1])  # one thread: the pool runs one process per core
     try:
         if not capture.isOpened():
-            raise VideoError("cannot be opened: no video that OpenCV's FFmpeg reads")
+            raise VideoError(_NO_VIDEO)
         num_frames, shape = 0, None
         while True:
             read, frame = capture.read()
@@ -115,6 +116,31 @@ def read_frames(path: Path, size_px: int | None = None) -> Iterator[Frame]:
         raise VideoError(f"is damaged: {num_frames} frames could be decoded of {num_packets} packets")
     if num_frames < 2:
         raise VideoError(f"has {num_frames} frame(s); a displacement field needs two")
+
+
+class VideoHeader(NamedTuple):
+    """What a container claims, right or wrong: frames per second; the number of frames, 0 if it does not say."""
+
+    fps: float
+    num_frames: int
+
+
+def read_header(path: Path) -> VideoHeader:
+    """What a video's container claims; 25 frames per second where it claims nothing that could be.
+
+    Raises VideoError if the file cannot be opened, or has too large frames.
+    """
+    cv2 = import_cv2()
+    _check_container(path)
+    capture = _open(path, [cv2.CAP_PROP_N_THREADS, 1])
+    try:
+        if not capture.isOpened():
+            raise VideoError(_NO_VIDEO)
+        fps, num_frames = capture.get(cv2.CAP_PROP_FPS), capture.get(cv2.CAP_PROP_FRAME_COUNT)
+    finally:
+        capture.release()
+    sound = 0 < num_frames < 1 << 31
+    return VideoHeader(fps if 0.1 <= fps <= 1000 else 25.0, int(num_frames) if sound else 0)
 
 
 def _open(path: Path, options: list[int]) -> Any:

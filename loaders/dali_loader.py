@@ -357,6 +357,7 @@ def view_loader(
     spec: StreamSpec,
     *,
     num_taus: int = 25,
+    taus: Ints | None = None,
     batch_size: int,
     rank: int = 0,
     world_size: int = 1,
@@ -368,14 +369,23 @@ def view_loader(
 ) -> DaliLoader:
     """All test views of the listed videos, once: num_taus starts x 10 crops (sec. 5), dealt out to the ranks.
 
+    taus (len(rows),): one start for each row instead; rows may then name a video several times.
+
     Batches come in tens: the views of VIEWS of the same batch_size (video, tau) pairs, which are decoded once. All
     ranks get the same number of batches; padding has valid = False. batch_size is that of one rank. Damage is always an
     error here: scores of other videos would be no test.
     """
     spec = settled(spec, index, rows)
-    pairs = num_view_batches(len(rows) * num_taus, batch_size, world_size)
+    pairs = num_view_batches(len(rows) * (num_taus if taus is None else 1), batch_size, world_size)
     draws = enumerate_views(
-        index, rows, spec, num_taus=num_taus, batch_size=batch_size, rank=rank, world_size=world_size
+        index,
+        rows,
+        spec,
+        num_taus=num_taus,
+        taus=taus,
+        batch_size=batch_size,
+        rank=rank,
+        world_size=world_size,
     )
     source = Source(index, spec)
     if graph is None:

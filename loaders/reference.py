@@ -215,6 +215,7 @@ def view_loader(
     spec: StreamSpec,
     *,
     num_taus: int = 25,
+    taus: Ints | None = None,
     batch_size: int,
     rank: int = 0,
     world_size: int = 1,
@@ -222,8 +223,15 @@ def view_loader(
     **_: Any,
 ) -> ReferenceLoader:
     """As `dali_loader.view_loader`, computed on the CPU; its num_threads, decoder, graph and timeout_s are ignored."""
-    pairs = num_view_batches(len(rows) * num_taus, batch_size, world_size)
+    pairs = num_view_batches(len(rows) * (num_taus if taus is None else 1), batch_size, world_size)
     draws = enumerate_views(
-        index, rows, spec, num_taus=num_taus, batch_size=batch_size, rank=rank, world_size=world_size
+        index,
+        rows,
+        spec,
+        num_taus=num_taus,
+        taus=taus,
+        batch_size=batch_size,
+        rank=rank,
+        world_size=world_size,
     )
     return ReferenceLoader(Source(index, spec), draws, device=device, num_batches=pairs * len(VIEWS))

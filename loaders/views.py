@@ -36,22 +36,35 @@ def view_taus(num_frames: int, spec: StreamSpec, num_taus: int) -> Ints:
 
 
 def enumerate_views(
-    index: Index, rows: Ints, spec: StreamSpec, *, num_taus: int, batch_size: int, rank: int, world_size: int
+    index: Index,
+    rows: Ints,
+    spec: StreamSpec,
+    *,
+    num_taus: int,
+    taus: Ints | None = None,
+    batch_size: int,
+    rank: int,
+    world_size: int,
 ) -> Iterator[Draw]:
     """Test samples of one rank, in batches of (video, tau) pairs; each stands for its ten views.
 
+    taus (len(rows),): a tau for each row, which may come several times, in the place of num_taus for each of them.
     All pairs in list order are dealt out in runs of batch_size: batch b of rank r has run b * world_size + r. Every
     rank gives the same number of batches; the last ones are padded with invalid copies of the first pair.
     """
     check_crop(index, rows, spec)
+    num_taus = num_taus if taus is None else 1
     total = len(rows) * num_taus
     for batch in range(num_view_batches(total, batch_size, world_size)):
         pair = (batch * world_size + rank) * batch_size + np.arange(batch_size)
         valid = pair < total
         pair = np.where(valid, pair, 0)
         video = np.asarray(rows, np.int64)[pair // num_taus]
-        taus = {int(v): view_taus(int(index.num_frames[v]), spec, num_taus) for v in np.unique(video)}
-        tau = np.array([taus[int(v)][p] for v, p in zip(video, pair % num_taus, strict=True)])
+        if taus is None:
+            starts = {int(v): view_taus(int(index.num_frames[v]), spec, num_taus) for v in np.unique(video)}
+            tau = np.array([starts[int(v)][p] for v, p in zip(video, pair % num_taus, strict=True)])
+        else:
+            tau = taus[pair]
         yield Draw.of_stacks(video, tau, np.zeros((batch_size, 2), np.int64), np.zeros(batch_size, bool), valid=valid)
 
 

@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import logging
 import sys
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from loaders.batch import Batch
+from loaders.draw import Draw
 from loaders.index import Index, open_index
 from loaders.views import VIEWS
 from train.checkpoint import load_checkpoint, load_state
@@ -116,8 +119,6 @@ def score_videos(
     """
     slot_of_row = np.full(index.num_videos, -1)
     slot_of_row[rows] = np.arange(len(rows))
-    sums = torch.zeros(len(rows), len(index.classes), dtype=torch.float64, device=world.device)
-    counts = torch.zeros(len(rows), dtype=torch.int64, device=world.device)
     loader = loader_module(config).view_loader(
         index,
         rows,
@@ -126,20 +127,12 @@ def score_videos(
         batch_size=config.eval.batch_size,
         **loader_options(config, world),
     )
-    net.eval()
-    with loader, torch.inference_mode():
-        for batch in tqdm(loader, desc=f"{stream} views", disable=None if world.is_main else True):
-            world.at(f"the {stream} views of {index.video_ids(batch.draw.video[:1])[0]}, and those after them")
-            probabilities = compute_logits(net, batch.inputs, None, config)[:, columns].softmax(1)
-            # Padding has a slot too, any will do, and weight 0.
-            slots = torch.from_numpy(slot_of_row[batch.draw.video]).to(world.device)
-            valid = torch.from_numpy(batch.draw.valid).to(world.device)
-            sums.index_add_(0, slots, probabilities.double() * valid[:, None])
-            counts.index_add_(0, slots, valid.long())
-    world.at(f"the other processes' {stream} scores")
-    world.sum(sums)
-    world.sum(counts)
-    num_views = counts.cpu().numpy()
+    with loader:
+        bar = tqdm(loader, desc=f"{stream} views", disable=None if world.is_main else True)
+        batches = _noted(bar, index, stream, world)
+        scores, num_views = score_views(
+            net, config, batches, lambda draw: slot_of_row[draw.video], len(rows), world, columns
+        )
     wrong = np.flatnonzero(num_views != num_taus * VIEWS_PER_TAU)
     if len(wrong):
         video_id = index.video_ids(rows[wrong[:1]])[0]
@@ -147,7 +140,51 @@ def score_videos(
             f"{len(wrong)} videos were not scored from {num_taus * VIEWS_PER_TAU} views, the first {video_id} from "
             f"{num_views[wrong[0]]}; does a list name a video twice?"
         )
-    return (sums / counts[:, None]).cpu().numpy(), num_views
+    return scores, num_views
+
+
+def _noted(batches: Iterable[Batch], index: Index, stream: str, world: World) -> Iterator[Batch]:
+    """The batches, each noted for the watchdog."""
+    for batch in batches:
+        world.at(f"the {stream} views of {index.video_ids(batch.draw.video[:1])[0]}, and those after them")
+        yield batch
+    world.at(f"the other processes' {stream} scores")
+
+
+def score_views(
+    net: nn.Module,
+    config: Config,
+    batches: Iterable[Batch],
+    slot_of: Callable[[Draw], npt.NDArray[np.int64]],
+    num_slots: int,
+    world: World,
+    columns: slice,
+    views: Collection[int] = range(VIEWS_PER_TAU),
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    """Mean softmax over the views that belong together, of a test loader's batches.
+
+    Args:
+        slot_of: of a draw of n samples, to which of num_slots means each belongs, (n,); padding too, with weight 0.
+        columns: the net's outputs that the softmax is over.
+        views: which of the ten views count, as positions in VIEWS; the others are not computed.
+    Returns scores (num_slots, K) float64, rows sum to 1, and how many views (num_slots,) each is the mean of; the same
+    in every process.
+    """
+    sums = torch.zeros(num_slots, columns.stop - columns.start, dtype=torch.float64, device=world.device)
+    counts = torch.zeros(num_slots, dtype=torch.int64, device=world.device)
+    net.eval()
+    with torch.inference_mode():
+        for number, batch in enumerate(batches):
+            if number % VIEWS_PER_TAU not in views:
+                continue
+            probabilities = compute_logits(net, batch.inputs, None, config)[:, columns].softmax(1)
+            slots = torch.from_numpy(slot_of(batch.draw)).to(world.device)
+            valid = torch.from_numpy(batch.draw.valid).to(world.device)
+            sums.index_add_(0, slots, probabilities.double() * valid[:, None])
+            counts.index_add_(0, slots, valid.long())
+    world.sum(sums)
+    world.sum(counts)
+    return (sums / counts[:, None]).cpu().numpy(), counts.cpu().numpy()
 
 
 def _is_scored(path: Path, checkpoint_digest: str, num_taus: int) -> bool:
