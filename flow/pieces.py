@@ -49,7 +49,7 @@ def cut_pieces(windows: Iterable[Window], max_frames: int = MAX_FRAMES) -> tuple
     holder: dict[Window, int] = {}
     for start, stop in sorted(set(windows)):
         last = pieces[-1] if pieces else Piece(0, 0)
-        if pieces and start < last.stop and max(stop, last.stop) - last.start <= max_frames:
+        if pieces and start < last.stop and (stop <= last.stop or stop - last.start <= max_frames):
             pieces[-1] = Piece(last.start, max(stop, last.stop))
         else:
             pieces.append(Piece(start, stop))
@@ -75,7 +75,12 @@ def piece_id(number: int) -> str:
 
 
 def pack_pieces(
-    frames: Iterator[Frame], pieces: Sequence[Piece], recipe: FragmentTask, flow: dict[str, Any] | None, folder: Path
+    frames: Iterator[Frame],
+    pieces: Sequence[Piece],
+    recipe: FragmentTask,
+    flow: dict[str, Any] | None,
+    folder: Path,
+    max_frames: int = MAX_FRAMES,
 ) -> Iterator[range]:
     """Pack the pieces of a video, group by group: at each group's turn `folder` is a packed set of it, and of no other.
 
@@ -86,7 +91,7 @@ def pack_pieces(
     Yields the numbers of a group's pieces. Raises ValueError if a frame, or its field, cannot be encoded.
     """
     parts = _take(frames, pieces)
-    for group in group_pieces(pieces):
+    for group in group_pieces(pieces, max_frames):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         fragment, totals = folder / "fragment", Totals()
