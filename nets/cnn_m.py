@@ -24,7 +24,7 @@ class LocalResponseNorm(nn.Module):
     conv1's map, 96 x 109 x 109, is the largest in the net, and this layer does nothing but pass over it, so passes
     count. The sum over neighbouring channels is a 1x1 convolution with a band matrix, on a CPU several times faster
     than torch's module; the gradient is written out, in a third of the time that autograd's takes. Under torch.compile
-    the sum is one over shifted channels, which fuses with all the rest: at batch 256 in bfloat16 the forward pass then
+    and torch.export the sum is one over shifted channels, which fuses with all the rest: at batch 256 in bfloat16 the forward pass then
     moves 1.2 GB (the input and the output once), and 6 GB around a convolution, which must find its input and leave its
     output in memory as float32.
     """
@@ -41,8 +41,10 @@ class LocalResponseNorm(nn.Module):
         self.register_buffer("offset", torch.full((num_channels,), self.k), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return _Normalise.apply(x, self.band, self.offset)
+        return _Normalise.apply(x, self.band, self.offset)
+
+    def extra_repr(self) -> str:
+        return f"k={self.k}, n={self.n}, alpha={self.alpha}, beta={self.beta}"
 
 
 class _Normalise(torch.autograd.Function):
@@ -72,7 +74,8 @@ class _Normalise(torch.autograd.Function):
 def _sum_near(values: Tensor, band: Tensor, offset: Tensor | None = None) -> Tensor:
     """alpha times the sum over each channel and its neighbours of values (N, C, H, W) float32, plus an offset (C,)."""
     if not torch.compiler.is_compiling():
-        return F.conv2d(values, band, offset)
+        with torch.autocast(values.device.type, enabled=False):
+            return F.conv2d(values, band, offset)
     n, num_channels = LocalResponseNorm.n, values.shape[1]
     padded = F.pad(values, (0, 0, 0, 0, n // 2, n // 2))
     total = padded.narrow(1, 0, num_channels)
@@ -194,12 +197,14 @@ class CNNM(nn.Module):
 
 
 def _conv(num_in: int, num_out: int, *, kernel: int = 3, stride: int = 1, padding: int = 1) -> nn.Module:
-    # skip_init leaves the weights unset: the default initialisation would draw from the global generator.
-    return nn.utils.skip_init(nn.Conv2d, num_in, num_out, kernel, stride=stride, padding=padding)
+    # skip_init leaves the weights unset: the default initialisation would draw from the global generator. It also
+    # leaves the CPU its default, where `with torch.device("meta")` asks for shapes without memory.
+    device = torch.get_default_device()
+    return nn.utils.skip_init(nn.Conv2d, num_in, num_out, kernel, stride=stride, padding=padding, device=device)
 
 
 def _linear(num_in: int, num_out: int) -> nn.Linear:
-    return nn.utils.skip_init(nn.Linear, num_in, num_out)
+    return nn.utils.skip_init(nn.Linear, num_in, num_out, device=torch.get_default_device())
 
 
 def _pool() -> nn.MaxPool2d:

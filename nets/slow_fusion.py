@@ -36,7 +36,7 @@ class MergeFrames(nn.Module):
         self.num_merged = (num_steps - extent) // stride + 1
 
     def forward(self, x: Tensor) -> Tensor:
-        steps = x.chunk(self.num_steps)
+        steps = x.unflatten(0, (self.num_steps, -1)).unbind()
         begins = range(0, self.num_merged * self.stride, self.stride)
         return torch.cat([torch.cat(steps[begin : begin + self.extent], dim=1) for begin in begins])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,23 +38,27 @@ def stream_spec(config: Config, stream: str) -> StreamSpec:
     )
 
 
+def net_arguments(config: Config, stream: str, num_classes: int) -> dict[str, Any]:
+    """What of a CNNM follows from the config, but for the seed; num_classes: of all tasks together."""
+    spec = stream_spec(config, stream)
+    num_frames = 1 if spec.is_temporal else spec.rgb_frames
+    return {
+        "num_channels": spec.num_channels // num_frames,
+        "num_classes": num_classes,
+        "width": config.model.width,
+        "input_px": config.data.crop_px,
+        "dropout": config.stream(stream).dropout,
+        "second_lrn": stream == "spatial",
+        "num_frames": num_frames,
+    }
+
+
 def build_net(config: Config, stream: str, num_classes: int, device: torch.device) -> CNNM:
     """The stream's net on the device; its initial weights depend on the config alone.
 
     num_classes: of all tasks together. The weights of `init` are not in it yet: see `start_from`.
     """
-    spec = stream_spec(config, stream)
-    num_frames = 1 if spec.is_temporal else spec.rgb_frames
-    net = CNNM(
-        spec.num_channels // num_frames,
-        num_classes,
-        width=config.model.width,
-        input_px=config.data.crop_px,
-        dropout=config.stream(stream).dropout,
-        second_lrn=stream == "spatial",
-        num_frames=num_frames,
-        seed=config.train.seed,
-    )
+    net = CNNM(**net_arguments(config, stream, num_classes), seed=config.train.seed)
     net.to(device)
     return net.to(memory_format=MEMORY_FORMAT)  # type: ignore[call-overload]
 
