@@ -24,9 +24,9 @@ class LocalResponseNorm(nn.Module):
     conv1's map, 96 x 109 x 109, is the largest in the net, and this layer does nothing but pass over it, so passes
     count. The sum over neighbouring channels is a 1x1 convolution with a band matrix, on a CPU several times faster
     than torch's module; the gradient is written out, in a third of the time that autograd's takes. Under torch.compile
-    and torch.export the sum is one over shifted channels, which fuses with all the rest: at batch 256 in bfloat16 the forward pass then
-    moves 1.2 GB (the input and the output once), and 6 GB around a convolution, which must find its input and leave its
-    output in memory as float32.
+    and torch.export the sum is one over shifted channels, which fuses with all the rest: at batch 256 in bfloat16 the
+    forward pass then moves 1.2 GB (the input and the output once), and 6 GB around a convolution, which must find its
+    input and leave its output in memory as float32.
     """
 
     k, n, alpha, beta = 2.0, 5, 1e-4, 0.75

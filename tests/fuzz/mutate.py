@@ -194,6 +194,28 @@ def mutate_zip(data: bytes, rng: Random) -> bytes:
     return buffer.getvalue()
 
 
+def mutate_safetensors(data: bytes, rng: Random) -> bytes:
+    """Change the JSON header, or the JSON in its metadata, with its length right; or the weights' bytes."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    try:
+        header = json.loads(data[8:end])
+        ((key, text),) = header["__metadata__"].items()
+        inside = text.encode("utf-8", "surrogatepass")
+    except Exception:  # whatever becomes of a header that was changed before
+        return mutate_bytes(data, rng)
+    match rng.randrange(4):
+        case 0:
+            return mutate_bytes(data, rng)
+        case 1:
+            return data[:end] + mutate_bytes(data[end:], rng)
+        case 2:
+            changed = mutate_json(data[8:end], rng)
+        case _:
+            inside = mutate_json(inside, rng)
+            changed = json.dumps({**header, "__metadata__": {key: inside.decode("utf-8", "replace")}}).encode()
+    return len(changed).to_bytes(8, "little") + changed + data[end:]
+
+
 def mutate_tar(data: bytes, rng: Random) -> bytes:
     """Change a header's field, with its checksum right, or a member's content, or which members there are."""
     members = _tar_members(data)

@@ -284,6 +284,19 @@ def read_checkpoint(data: bytes) -> None:
     from_flat(checkpoint.config)
 
 
+def read_exported_net(data: bytes) -> None:
+    import torch
+
+    from train.export import load_net
+
+    net, about = load_net(_put(folder() / "net.safetensors", data))
+    arguments = about["architecture"]["arguments"]
+    channels = arguments["num_channels"] * arguments.get("num_frames", 1)
+    with torch.inference_mode():
+        logits = net(torch.zeros(1, channels, *[arguments.get("input_px", 224)] * 2))
+    assert logits.shape[1] >= len(about["outputs"]["classes"]) >= 1
+
+
 def read_log_file(data: bytes) -> None:
     from train.log import read_log
 
@@ -330,6 +343,7 @@ TARGETS = {
         Target("scores", read_score_file, seeds.score_files, mutate.mutate_zip),
         Target("config", read_config_file, seeds.configs, mutate.mutate_text),
         Target("checkpoint", read_checkpoint, seeds.checkpoints, mutate.mutate_zip),
+        Target("exported_net", read_exported_net, seeds.exported_nets, mutate.mutate_safetensors),
         Target("log", read_log_file, seeds.logs, mutate.mutate_json),
         Target("book", read_book_file, seeds.books, mutate.mutate_json),
     )
