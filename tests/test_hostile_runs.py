@@ -1,7 +1,8 @@
-"""Configs, scores, checkpoints and records from strangers: each attack ends in one of our errors, in bounded memory,
-and runs nothing. SECURITY.md has the list."""
+"""Configs, scores, checkpoints, exported nets and records from strangers: each attack ends in one of our errors, in
+bounded memory, and runs nothing. SECURITY.md has the list."""
 
 import io
+import json
 import os
 import pickle
 import struct
@@ -12,9 +13,11 @@ import numpy as np
 import pytest
 
 from flow import resume
-from tests.hostile import bounded_memory
+from nets.cnn_m import CNNM
+from tests.hostile import NOT_REGULAR, bounded_memory, replace
 from train.checkpoint import load_checkpoint
 from train.config import CONFIG_FOLDER, resolve_config
+from train.export import load_net, save_net
 from train.figures import read_confusion
 from train.log import read_log
 from train.record import read_book
@@ -170,6 +173,91 @@ def test_a_checkpoint_runs_nothing(tmp_path):
     path.write_bytes(pickle.dumps(Payload(made)))
     with pytest.raises(ValueError, match="is damaged"):
         load_checkpoint(path)
+    assert not made.exists()
+
+
+def about_net(**changes):
+    """Metadata of an exported net of three classes; changes of its arguments."""
+    arguments = dict(num_channels=3, num_classes=3, width=1 / 32, input_px=48, second_lrn=True, num_frames=1)
+    architecture = {"arguments": {**arguments, **changes}}
+    outputs = {"classes": ["run", "sit", "walk"]}
+    return {"format_version": 1, "stream": "spatial", "architecture": architecture, "outputs": outputs}
+
+
+def safetensors(path, header=None, content=None, about=None, **tensors):
+    """The file of an exported net with other metadata, entries of tensors in the header, header bytes or content."""
+    save_net(CNNM(**about_net()["architecture"]["arguments"]), about_net(), path)
+    data = path.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    entries = json.loads(data[8:end])
+    if about is not None:
+        entries["__metadata__"] = {"two_stream": about if isinstance(about, str) else json.dumps(about)}
+    for name, changes in tensors.items():
+        entries[name.replace("__", ".")].update(changes)
+    text = json.dumps(entries).encode() if header is None else header
+    path.write_bytes(len(text).to_bytes(8, "little") + text + (data[end:] if content is None else content))
+
+
+def test_an_exported_net_neither_runs_nor_allocates_what_it_claims(tmp_path):
+    path, made = tmp_path / "net.safetensors", tmp_path / "pwned"
+    safetensors(path)
+    assert load_net(path)[1] == about_net()
+    sound = path.read_bytes()
+    bare = {"__metadata__": {"two_stream": json.dumps(about_net())}}
+    empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    attacks = [
+        {"header": b"{" * (1 << 14)},
+        {"header": b" " * ((1 << 22) + 1)},
+        {"header": json.dumps({**bare, **{f"t{i}": empty for i in range(50_000)}}).encode(), "content": b""},
+        {"header": json.dumps(bare).encode(), "content": b""},
+        {"header": b"{}", "content": b""},
+        {"scores__bias": {"shape": [1 << 40], "data_offsets": [0, 1 << 42]}},
+        {"scores__bias": {"shape": [1 << 62, 4]}},
+        {"scores__bias": {"shape": [1, 3]}},
+        {"scores__bias": {"dtype": "I32"}},
+        {"about": about_net(width=1e5)},
+        {"about": about_net(width=float("nan"))},
+        {"about": about_net(num_classes=1 << 40)},
+        {"about": about_net(num_channels=10**30)},
+        {"about": about_net(num_channels="3")},
+        {"about": about_net(input_px=1 << 20)},
+        {"about": about_net(num_frames=11)},
+        {"about": about_net(num_frames=10**9)},
+        {"about": about_net(device="cuda")},
+        {"about": {**about_net(), "format_version": 2}},
+        {"about": {**about_net(), "stream": "../x"}},
+        {"about": {**about_net(), "outputs": {"classes": ["a", "b", "c", "d"]}}},
+        {"about": {**about_net(), "outputs": {"classes": ["a", "\x1b[31m"]}}},
+        {"about": {**about_net(), "outputs": {"classes": "abc"}}},
+        {"about": "[" * 100_000},
+        {"about": '{"format_version": ' + "9" * 5000 + "}"},
+        {"about": "7"},
+        {"about": "{}"},
+        {"content": np.full(len(sound), 0xFF, np.uint8).tobytes()},
+    ]
+    for attack in attacks:
+        safetensors(path, **attack)
+        with (
+            bounded_memory(),
+            pytest.raises(ValueError, match="net.safetensors is damaged, or no file of train.export"),
+        ):
+            load_net(path)
+    nan = np.full((len(sound) - 8 - int.from_bytes(sound[:8], "little")) // 4, np.nan, np.float32).tobytes()
+    safetensors(path, content=nan)
+    with pytest.raises(ValueError, match="not finite"):
+        load_net(path)
+    for content in (b"", sound[:5], sound[:-1], sound + b"x", b"\xff" * 8 + sound, pickle.dumps(Payload(made))):
+        path.write_bytes(content)
+        with bounded_memory(), pytest.raises(ValueError, match="net.safetensors is damaged, or no file"):
+            load_net(path)
+    for kind in NOT_REGULAR:
+        path.write_bytes(sound)
+        replace(path, kind)
+        with pytest.raises(ValueError, match="no regular file"):
+            load_net(path)
+        path.rmdir() if kind == "folder" else path.unlink()
+    with pytest.raises(FileNotFoundError, match="net.safetensors"):
+        load_net(path)
     assert not made.exists()
 
 

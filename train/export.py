@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from flow.command import Parser, nearest_path
 from flow.shard import check_class_name, publish
-from flow.untrusted import MAX_JSON_BYTES, open_regular, parse_json, printable
+from flow.untrusted import open_regular, parse_json, printable
 from loaders.batch import FLOW_SCALE, RGB_MEAN, RGB_STD, StreamSpec
 from loaders.views import VIEWS
 from nets.cnn_m import CNNM
@@ -43,6 +43,9 @@ from train.provenance import describe
 
 FORMAT_VERSION = 1
 KEY = "two_stream"
+
+#: Of a .safetensors: a hundred thousand classes, or tensors that take 90 MB though they are empty.
+_MAX_HEADER_BYTES = 1 << 22
 
 #: Largest difference between equal scores: what float32 and another order of summation leave. Also in proportion to
 #: a score, since a net that is sure of a class, whatever it sees, has all others near 0.
@@ -302,8 +305,9 @@ def load_net(path: str | Path) -> tuple[CNNM, dict[str, Any]]:
         net = CNNM(**arguments)
         net.load_state_dict(weights)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ArithmeticError, SafetensorError) as error:
+        why = f"no {error}" if isinstance(error, KeyError) else error
         raise ValueError(
-            f"{path} is damaged, or no file of train.export ({printable(error)}). Put back a copy, or export again."
+            f"{path} is damaged, or no file of train.export ({printable(why)}). Put back a copy, or export again."
         ) from error
     return net.eval(), metadata
 
@@ -312,10 +316,13 @@ def _read(path: Path) -> tuple[str, dict[str, Tensor]]:
     """Metadata and tensors of a .safetensors file."""
     with open_regular(path) as file:
         length = int.from_bytes(file.read(8), "little")
-    if length > MAX_JSON_BYTES:
-        raise ValueError(f"its header has {length:,} bytes, expected at most {MAX_JSON_BYTES:,}")
+    if length > _MAX_HEADER_BYTES:
+        raise ValueError(f"its header has {length:,} bytes, expected at most {_MAX_HEADER_BYTES:,}")
     with safe_open(path, "pt") as file:  # holds the header against the file's size
-        return file.metadata()[KEY], {name: file.get_tensor(name) for name in file.keys()}
+        text = (file.metadata() or {}).get(KEY)
+        if text is None:
+            raise ValueError(f"its metadata have no {KEY!r}")
+        return text, {name: file.get_tensor(name) for name in file.keys()}
 
 
 def _checked(metadata: dict[str, Any]) -> dict[str, Any]:
