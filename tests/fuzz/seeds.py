@@ -239,7 +239,8 @@ def checkpoints() -> list[bytes]:
 def exported_nets() -> list[bytes]:
     """The least of what describes a net that `load_net` looks at."""
     from nets.cnn_m import CNNM
-    from train.export import FORMAT_VERSION, save_net
+    from train.export import save_net
+    from train.net_card import FORMAT_VERSION
 
     arguments = dict(num_channels=3, num_classes=3, width=1 / 96, input_px=41, second_lrn=True, num_frames=1)
     about = {"format_version": FORMAT_VERSION, "stream": "spatial", "architecture": {"arguments": arguments}}
