@@ -34,7 +34,7 @@ done
 }
 mkdir -p "$out"
 worst=0
-GPU_TESTS=(tests/test_loaders.py tests/test_trajectory.py tests/test_windows.py tests/test_rescale.py tests/test_probe.py tests/test_meter.py tests/test_launch.py tests/test_extract.py tests/test_brox.py tests/test_pack.py tests/test_damage.py)
+GPU_TESTS=(tests/test_loaders.py tests/test_trajectory.py tests/test_windows.py tests/test_rescale.py tests/test_probe.py tests/test_meter.py tests/test_launch.py tests/test_extract.py tests/test_brox.py tests/test_pack.py tests/test_damage.py tests/test_predict.py)
 
 step() { # name, seconds, command...
     local name=$1 budget=$2 status=0

@@ -31,11 +31,11 @@ from flow.command import Parser, nearest_path
 from flow.shard import check_class_name, publish
 from flow.untrusted import open_regular, parse_json, printable
 from nets.cnn_m import CNNM
-from train.checkpoint import Checkpoint, load_checkpoint, load_state
+from train.checkpoint import load_checkpoint, load_state
 from train.config import STREAMS, Config, read_config
 from train.disk import writing
 from train.engine import CHECKPOINT
-from train.model import LAST_LAYER, MEMORY_FORMAT, build_net
+from train.model import MEMORY_FORMAT, build_net, num_outputs
 from train.net_card import FORMAT_VERSION, describe_net
 from train.origin import read_made_on, read_origin
 
@@ -94,7 +94,7 @@ def export_stream(run: Path, config: Config, stream: str, folder: Path) -> Expor
     path = run / stream / CHECKPOINT
     checkpoint = load_checkpoint(path)
     origin = read_origin(run, config)
-    net = build_net(config, stream, _num_outputs(checkpoint, path), torch.device("cpu"))
+    net = build_net(config, stream, num_outputs(checkpoint, path), torch.device("cpu"))
     load_state(net, checkpoint.net, path)
     metadata = describe_net(net, config, checkpoint, origin)
     with open(path, "rb") as file:
@@ -115,13 +115,6 @@ def export_stream(run: Path, config: Config, stream: str, folder: Path) -> Expor
             program = torch.export.load(file).module()
         differences[graph] = _largest_difference(scorer, program, shape, graph)
     return Exported(differences, metadata)
-
-
-def _num_outputs(checkpoint: Checkpoint, path: Path) -> int:
-    bias = checkpoint.net.get(f"{LAST_LAYER}bias")
-    if bias is None or bias.ndim != 1:
-        raise ValueError(f"{path} is of another net than this config's: its last layer has no bias.")
-    return len(bias)
 
 
 def _save_graph(scorer: Scorer, metadata: dict[str, Any], path: Path) -> None:

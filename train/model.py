@@ -63,6 +63,14 @@ def build_net(config: Config, stream: str, num_classes: int, device: torch.devic
     return net.to(memory_format=MEMORY_FORMAT)  # type: ignore[call-overload]
 
 
+def num_outputs(checkpoint: Checkpoint, path: Path) -> int:
+    """Outputs of a checkpoint's net, of all tasks together. Raises ValueError, which names `path`, if it has none."""
+    bias = checkpoint.net.get(f"{LAST_LAYER}bias")
+    if bias is None or bias.ndim != 1:
+        raise ValueError(f"{path} is of another net than this config's: its last layer has no bias.")
+    return len(bias)
+
+
 def build_optimizer(net: nn.Module, config: Config) -> torch.optim.SGD:
     """SGD over what learns, with the configured momentum and weight decay; the learning rate is set at each step."""
     learning = [parameter for parameter in net.parameters() if parameter.requires_grad]

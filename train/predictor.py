@@ -40,7 +40,7 @@ from train.dist import World
 from train.engine import CHECKPOINT, loader_module, loader_options
 from train.evaluate import score_views
 from train.fuse import average
-from train.model import build_net, stream_spec
+from train.model import build_net, num_outputs, stream_spec
 from train.origin import Origin, read_origin
 
 logger = logging.getLogger(__name__)
@@ -234,8 +234,7 @@ def _load_net(run: Path, stream: str, config: Config, origin: Origin, device: st
     steps = config.stream(stream).steps
     if checkpoint.step < steps:
         logger.warning("%s: the %s net was stopped at step %d of %d", run, stream, checkpoint.step, steps)
-    num_outputs = len(checkpoint.net["scores.bias"]) if "scores.bias" in checkpoint.net else len(origin.classes)
-    net = build_net(config, stream, num_outputs, torch.device(device))
+    net = build_net(config, stream, num_outputs(checkpoint, path), torch.device(device))
     load_state(net, checkpoint.net, path)
     return net
 
