@@ -4,13 +4,14 @@ import os
 import tarfile
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
-from flow.codec import sound_ranges
+from flow.codec import JPEG_END, coded_size, decode_grey, decode_rgb, max_jpeg_bytes, sound_ranges
 from flow.shard import (
     CLIP_FRAMES,
     ENTRY,
@@ -209,3 +210,64 @@ def damage(content: bytes | memoryview, size: int, crc32: int, ranges: bytes = b
         f"damaged, {len(content)} of {size} bytes with CRC-32 {found:08x} where {crc32:08x} was written. "
         "Restore the shard from a copy, or pack the set again."
     )
+
+
+@dataclass(frozen=True)
+class MemberPlace:
+    """An image of a shard: name, place, and what its bytes must be. ranges: what its CRC-32 goes on over."""
+
+    shard: str
+    name: str
+    kind: str
+    offset: int
+    size: int
+    crc32: int
+    ranges: bytes
+    height: int
+    width: int
+
+    @property
+    def coded_size(self) -> tuple[int, int, int]:
+        """Height, width, channels."""
+        return self.height, self.width, 3 if self.kind == "rgb" else 1
+
+    @property
+    def range_px(self) -> tuple[float, float, float]:
+        """lo, hi and mean of a component, px/frame. Raises ShardError for what no field has."""
+        lo, hi, mean = np.frombuffer(self.ranges, "<f4")
+        if not sound_ranges(lo, hi, mean):
+            raise ShardError(f"{self}: its range or mean in the index is none of a field. Rebuild the index.")
+        return float(lo), float(hi), float(mean)
+
+    def __str__(self) -> str:
+        return f"{self.shard}: {self.name} at offset {self.offset}"
+
+
+def read_image(file: BinaryIO, place: MemberPlace) -> bytes:
+    """Bytes of an image in its shard. Raises ShardError unless CRC-32, coded size and end are what they must be."""
+    content = b""  # of what has more bytes than an image, or lies outside the shard, as an index may say
+    end = place.offset + place.size
+    if place.size <= max_jpeg_bytes(*place.coded_size) and end <= os.fstat(file.fileno()).st_size:
+        file.seek(place.offset)
+        content = file.read(place.size)
+    if wrong := damage(content, place.size, place.crc32, place.ranges):
+        raise ShardError(f"{place}: {wrong}")
+    try:
+        if (found := coded_size(content)) != place.coded_size:
+            raise ValueError(f"coded size {found}, expected {place.coded_size} (height, width, channels)")
+        if not content.endswith(JPEG_END):
+            raise ValueError(f"it ends with {content[-2:].hex()}, a JPEG with {JPEG_END.hex()}")
+    except ValueError as error:
+        raise ShardError(f"{place} was written damaged: {error}") from None
+    return content
+
+
+def decode_image(content: bytes, place: MemberPlace) -> npt.NDArray[np.uint8]:
+    """RGB frame (H, W, 3), or codes (H, W) of a component, of what `read_image` read. Raises ShardError."""
+    try:
+        image = decode_rgb(content) if place.kind == "rgb" else decode_grey(content)
+        if image.shape[:2] != place.coded_size[:2]:
+            raise ValueError(f"decoded size {image.shape[:2]}, expected {place.coded_size[:2]} (height, width)")
+    except ValueError as error:
+        raise ShardError(f"{place} was written damaged: {error}") from None
+    return image

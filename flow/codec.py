@@ -122,7 +122,12 @@ def sound_ranges(lo: Floats, hi: Floats, mean: Floats) -> npt.NDArray[np.bool_]:
 
 def decode_component(jpeg: bytes, lo: float, hi: float) -> npt.NDArray[np.float32]:
     """The component (H, W) float32 px/frame that `encode_component` stored. Raises ValueError if undecodable."""
-    component = decode_grey(jpeg) * np.float32((hi - lo) / 255)
+    return dequantise(decode_grey(jpeg), lo, hi)
+
+
+def dequantise(codes: npt.NDArray[np.uint8], lo: float, hi: float) -> Floats:
+    """Component float32 px/frame that codes 0..255 stand for."""
+    component = codes * np.float32((hi - lo) / 255)
     component += np.float32(lo)
     return component
 

@@ -21,3 +21,10 @@ def flow_colors(field: npt.NDArray[np.float32], max_px: float) -> npt.NDArray[np
     hue = np.stack([np.interp(place, WHEEL_AT, channel) for channel in zip(*WHEEL_RGB, strict=True)], axis=-1)
     length = (np.hypot(field[0], field[1]) / max_px)[..., None]
     return np.where(length <= 1, 1 - length * (1 - hue), 0.75 * hue)
+
+
+def color_wheel(side_px: int) -> npt.NDArray[np.float64]:
+    """The legend of `flow_colors`: a disc of all displacements up to max_px, RGB (side_px, side_px, 3) in [0, 1]."""
+    steps = np.linspace(-1, 1, side_px, dtype=np.float32)
+    disc = np.stack(np.meshgrid(steps, steps))
+    return np.where(np.hypot(*disc)[..., None] <= 1, flow_colors(disc, 1), 1)

@@ -24,9 +24,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from flow.clips import read_clips
-from flow.dataset import check_classes, check_shards
-from flow.shard import ENTRY, GROUPS, KINDS, RGB_ENTRY, ClipEntry, ShardError, check_video_id, publish
+from flow.clips import MemberPlace, range_bytes, read_clips
+from flow.command import nearest_path
+from flow.dataset import check_classes, check_shards, read_dataset
+from flow.shard import (
+    CLIP_FRAMES,
+    ENTRY,
+    GROUPS,
+    KINDS,
+    RGB_ENTRY,
+    ClipEntry,
+    ShardError,
+    check_video_id,
+    member_name,
+    publish,
+)
 from flow.untrusted import MAX_FRAME_PX, MAX_JSON_BYTES, open_regular, parse_json
 
 INDEX_NAME = "index.bin"
@@ -210,6 +222,34 @@ def load_index(root: Path) -> tuple[dict[str, Any], Arrays]:
     return header, arrays
 
 
+def load_set(root: Path) -> tuple[dict[str, Any], dict[str, Any], Arrays]:
+    """Content of `dataset.json`, and header and arrays of the index, of a packed set; the shards are not looked at.
+
+    Raises ValueError if the folder is no packed set or its encoding is not the one this code reads, and ShardError if
+    they are damaged or do not belong together.
+    """
+    try:
+        dataset = read_dataset(root)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(
+            f"{root} is no packed data set: it has no dataset.json. Pack one with `python -m flow.pack`, or images "
+            f"with `python -m flow.images`; if a pack was stopped, run it again to finish.{nearest_path(root)}"
+        ) from None
+    header, arrays = load_index(root)
+    shards = [[(shard["name"], shard["bytes"]) for shard in side["shards"]] for side in (header, dataset)]
+    for what, same in (
+        ("shards", shards[0] == shards[1]),
+        ("classes", header["classes"] == dataset["classes"]),
+        ("videos", len(arrays["videos"]) == dataset["num_videos"]),
+    ):
+        if not same:
+            raise ShardError(
+                f"The index of {root} lists other {what} than dataset.json. Rebuild it: "
+                f"`python -m flow.verify {root} --rebuild-index`."
+            )
+    return dataset, header, arrays
+
+
 def _array(body: npt.NDArray[np.uint8], place: dict[str, Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     """An array of the index, whose bytes begin with those of the first one."""
     first, end = place["offset"], place["offset"] + place["count"] * dtype.itemsize
@@ -252,6 +292,21 @@ def decode_names(names: npt.NDArray[np.uint8], videos: npt.NDArray[Any]) -> list
     except ValueError as error:
         raise ShardError(f"A name in the index is none: {error}") from None
     return ids
+
+
+def image_places(
+    header: dict[str, Any], arrays: Arrays, number: int, kind: str, frames: npt.NDArray[np.int64]
+) -> Iterator[MemberPlace]:
+    """Where images of a kind lie, at some frames of video `number`; what the index does not have is left out."""
+    video = arrays["videos"][number]
+    (video_id,) = decode_names(arrays["names"], arrays["videos"][number : number + 1])
+    shard, size = header["shards"][int(video["shard"])]["name"], (int(video["height"]), int(video["width"]))
+    entries = take_entries(arrays[kind], kind, int(video["first_row"]) + frames)
+    for frame, row in zip(frames.tolist(), entries, strict=True):
+        if row["size"]:
+            name = member_name(video_id, frame // CLIP_FRAMES, kind, frame % CLIP_FRAMES)
+            place = int(row["offset"]), int(row["size"]), int(row["crc32"])
+            yield MemberPlace(shard, name, kind, *place, range_bytes(row), *size)
 
 
 def video_ids(arrays: Arrays) -> list[str]:

@@ -11,7 +11,6 @@ the CRC-32 in the clips' JSON is of the bytes as they were packed, so that rebui
 
 import argparse
 import hashlib
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,10 +20,9 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from flow.clips import damage, range_bytes, read_clips
-from flow.codec import JPEG_END, coded_size, decode_grey, decode_rgb, max_jpeg_bytes
+from flow.clips import MemberPlace, decode_image, read_clips, read_image
 from flow.dataset import read_dataset
-from flow.index import build_index, decode_names, load_index, scan_shards, take_entries, video_ids
+from flow.index import build_index, image_places, load_index, scan_shards, video_ids
 from flow.pool import default_num_workers, run_pool
 from flow.shard import CLIP_FRAMES, KINDS, ShardError, member_name
 from flow.untrusted import read_lines
@@ -45,20 +43,6 @@ class ShardTask:
 class ShardReport:
     num_members: int = 0
     damages: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class MemberPlace:
-    """An image of a shard: name, place, and what its bytes must be. ranges: what its CRC-32 goes on over."""
-
-    name: str
-    kind: str
-    offset: int
-    size: int
-    crc32: int
-    ranges: bytes
-    height: int
-    width: int
 
 
 def verify(root: Path, deep: bool = False, num_workers: int | None = None) -> ShardReport:
@@ -120,14 +104,13 @@ def verify_shard(task: ShardTask) -> ShardReport:
     """Check one shard: its hash, then every image, as far as its tar can be read, and beyond that by the index."""
     report = ShardReport()
     path = task.root / task.name
-    if not path.is_file():  # a FIFO or device is none
-        report.damages.append(f"{task.name}: is missing. Restore it from a copy, or pack the set again.")
+    wrong = size_damage(path, task.num_bytes)
+    report.damages += [wrong] if wrong else []
+    if not path.is_file():
         return report
     with open(path, "rb") as file:
-        num_bytes, digest = path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
-        if task.num_bytes not in (None, num_bytes):
-            report.damages.append(f"{task.name}: has {num_bytes} bytes, {task.num_bytes} were written.")
-        elif task.sha256 not in (None, digest):
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if not wrong and task.sha256 not in (None, digest):
             report.damages.append(f"{task.name}: SHA-256 is {digest}, {task.sha256} was written.")
         seen = set()
         try:
@@ -142,27 +125,22 @@ def verify_shard(task: ShardTask) -> ShardReport:
     return report
 
 
+def size_damage(path: Path, num_bytes: int | None) -> str:
+    """What is wrong with a shard's file, before it is read; "" if it is there, with as many bytes as were written."""
+    if not path.is_file():  # a FIFO or device is none
+        return f"{path.name}: is missing. Restore it from a copy, or pack the set again."
+    found = path.stat().st_size
+    return "" if num_bytes in (None, found) else f"{path.name}: has {found} bytes, {num_bytes} were written."
+
+
 def _check(file: BinaryIO, task: ShardTask, place: MemberPlace, report: ShardReport) -> None:
     report.num_members += 1
-    expected = (place.height, place.width, 3 if place.kind == "rgb" else 1)
-    content = b""  # of what has more bytes than an image, or lies outside the shard, as an index may say
-    if place.size <= max_jpeg_bytes(*expected) and place.offset + place.size <= os.fstat(file.fileno()).st_size:
-        file.seek(place.offset)
-        content = file.read(place.size)
-    if wrong := damage(content, place.size, place.crc32, place.ranges):
-        report.damages.append(f"{task.name}: {place.name} at offset {place.offset}: {wrong}")
-        return
     try:
-        found = coded_size(content)
-        if task.deep and found == expected:
-            image = decode_rgb(content) if place.kind == "rgb" else decode_grey(content)
-            found = (*image.shape[:2], found[2])
-        if found != expected:
-            raise ValueError(f"coded size {found}, expected {expected} (height, width, channels)")
-        if not content.endswith(JPEG_END):
-            raise ValueError(f"it ends with {content[-2:].hex()}, a JPEG with {JPEG_END.hex()}")
-    except ValueError as error:
-        report.damages.append(f"{task.name}: {place.name} at offset {place.offset} was written damaged: {error}")
+        content = read_image(file, place)
+        if task.deep:
+            decode_image(content, place)
+    except ShardError as error:
+        report.damages.append(str(error))
 
 
 def _places_in_tar(path: Path) -> Iterator[MemberPlace]:
@@ -171,7 +149,8 @@ def _places_in_tar(path: Path) -> Iterator[MemberPlace]:
             for frame, row in enumerate(entries, first):
                 number = clip.first_frame // CLIP_FRAMES
                 name = member_name(clip.video_id, number, kind, frame - clip.first_frame)
-                yield _place(name, kind, row, b"", clip.height, clip.width)
+                place = int(row["offset"]), int(row["size"]), int(row["crc32"])
+                yield MemberPlace(path.name, name, kind, *place, b"", clip.height, clip.width)
 
 
 def _places_in_index(task: ShardTask) -> Iterator[MemberPlace]:
@@ -181,19 +160,10 @@ def _places_in_index(task: ShardTask) -> Iterator[MemberPlace]:
     except ShardError:
         return
     numbers = [number for number, shard in enumerate(header["shards"]) if shard["name"] == task.name]
-    videos = arrays["videos"][np.isin(arrays["videos"]["shard"], numbers)]
-    for video, video_id in zip(videos, decode_names(arrays["names"], videos), strict=True):
-        first_row = int(video["first_row"])
+    for number in np.flatnonzero(np.isin(arrays["videos"]["shard"], numbers)):
+        frames = np.arange(int(arrays["videos"]["num_frames"][number]))
         for kind in (kind for kind in KINDS if kind in arrays):
-            rows = first_row + np.arange(int(video["num_frames"]))
-            for frame, row in enumerate(take_entries(arrays[kind], kind, rows)):
-                if row["size"]:
-                    name = member_name(video_id, frame // CLIP_FRAMES, kind, frame % CLIP_FRAMES)
-                    yield _place(name, kind, row, range_bytes(row), int(video["height"]), int(video["width"]))
-
-
-def _place(name: str, kind: str, row: Any, ranges: bytes, height: int, width: int) -> MemberPlace:
-    return MemberPlace(name, kind, int(row["offset"]), int(row["size"]), int(row["crc32"]), ranges, height, width)
+            yield from image_places(header, arrays, int(number), kind, frames)
 
 
 def _verify_index(root: Path, dataset: dict[str, Any]) -> list[str]:

@@ -11,8 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flow.codec import Codec
-from flow.dataset import read_dataset
-from flow.index import Arrays, decode_names, load_index
+from flow.index import Arrays, decode_names, load_set
 from flow.shard import ShardError
 from flow.untrusted import MAX_LIST_BYTES, read_bounded
 
@@ -174,27 +173,9 @@ def open_index(root: str | Path) -> Index:
     index and shards do not belong together.
     """
     root = Path(root)
-    try:
-        metadata = read_dataset(root)
-    except FileNotFoundError:
-        raise ValueError(
-            f"{root} is no packed data set: it has no dataset.json. Pack one with `python -m flow.pack`, or images "
-            "with `python -m flow.images`; if a pack was stopped, run it again to finish."
-        ) from None
-    header, arrays = load_index(root)
-    described = [(shard["name"], shard["bytes"]) for shard in metadata["shards"]]
-    for what, same in (
-        ("shards", [(shard["name"], shard["bytes"]) for shard in header["shards"]] == described),
-        ("classes", header["classes"] == metadata["classes"]),
-        ("videos", len(arrays["videos"]) == metadata["num_videos"]),
-    ):
-        if not same:
-            raise ShardError(
-                f"The index of {root} lists other {what} than dataset.json. Rebuild it: "
-                f"`python -m flow.verify {root} --rebuild-index`."
-            )
-    for name, num_bytes in described:
-        path = root / name
+    metadata, header, arrays = load_set(root)
+    for shard in metadata["shards"]:
+        path, num_bytes = root / shard["name"], shard["bytes"]
         found = path.stat().st_size if path.is_file() else None  # a FIFO or device is none
         if found != num_bytes:
             raise ShardError(

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from flow.canvas import new_figure, save_png, show_image
 from flow.codec import decode_component, decode_rgb
-from flow.colors import flow_colors
+from flow.colors import color_wheel, flow_colors
 from flow.fields import stack_trajectories, subtract_mean, trajectory_points
 from loaders.batch import StreamSpec
 from loaders.index import Index, open_index
@@ -110,9 +110,7 @@ def draw_flow(data: Path, video: str, path: Path, *, frame: int | None = None, b
         show_image(axes[name], component, title, cmap="gray", vmin=-span_px, vmax=span_px)
         _outline(axes[name], box)
     show_image(axes["f"], flow_colors(field, long_px), "(f) direction and length as colour")
-    disc = np.stack(np.meshgrid(np.linspace(-1, 1, 201), np.linspace(-1, 1, 201))).astype(np.float32)
-    wheel = np.where(np.hypot(*disc)[..., None] <= 1, flow_colors(disc, 1), 1)
-    show_image(axes["w"], wheel, f"radius\n{long_px:.1f} px/frame")
+    show_image(axes["w"], color_wheel(201), f"radius\n{long_px:.1f} px/frame")
     axes["w"].set_frame_on(False)
     return save_png(figure, path)
 
