@@ -29,8 +29,10 @@ def write_page(packed: PackedSet, found: dict[str, Any], sheet: list[Picture], n
     name = printable(found["name"] or packed.root.name or "packed set")
     blocks: list[Block] = [Heading(f"Packed set: {name}", 1), Text(_sentence(found))]
     blocks.append(Columns([_what(found), _totals(found)], 420))
+    parameters = _parameters((found["flow"] or {}).get("parameters"))
+    blocks += [Text(f"Parameters: {parameters}.")] if parameters else []
     blocks += [Heading("Damaged, short and missing videos"), *_problems(found)]
-    blocks += [Heading("Frames per video"), Text(_lengths(found)), draw_frames(found["frames_per_video"])]
+    blocks += [Heading("Frames per video"), *_lengths(found["frames_per_video"])]
     blocks += [Heading("Classes"), *_classes(found)]
     blocks += [Heading("Contact sheet"), *_sheet(found, sheet, named)]
     write_bytes(path, to_html(blocks).encode())
@@ -55,7 +57,6 @@ def _what(found: dict[str, Any]) -> Grid:
     rows = {
         "Flow": _value(flow.get("method", "none: images")),
         "Library": library,
-        "Parameters": ", ".join(f"{printable(key)} {_value(value)}" for key, value in _items(flow.get("parameters"))),
         "Camera": f"subtracted: {_value(flow['camera'])}" if flow.get("camera") else "left in" if flow else "",
         "Codec": f"{codec['name']} {codec['version']}, range {codec['range']}"
         + (f" ±{codec['bound_px']:g} px" if codec["bound_px"] else "")
@@ -63,7 +64,7 @@ def _what(found: dict[str, Any]) -> Grid:
         "Smaller side": f"{low} px" if low == high else f"{low} to {high} px",
         "Lists": ", ".join(splits) or "none",
     }
-    return Grid(("What it is", ""), [(key, value or "–") for key, value in rows.items()])
+    return Grid(("Set", ""), [(key, value or "–") for key, value in rows.items()])
 
 
 def _totals(found: dict[str, Any]) -> Grid:
@@ -76,12 +77,13 @@ def _totals(found: dict[str, Any]) -> Grid:
         "Frames": f"{found['num_frames']:,}",
         "Fields": fields,
         "All shards": _megabytes(found["bytes"]),
-        "RGB frames": _megabytes(found["rgb_bytes"]),
-        "Flow": _megabytes(found["flow_bytes"]),
+        "of that RGB frames": _megabytes(found["rgb_bytes"]),
+        "flow": _megabytes(found["flow_bytes"]),
+        "tar headers, clips' JSON": _megabytes(found["bytes"] - found["rgb_bytes"] - found["flow_bytes"]),
         "A frame": _kilobytes(found["bytes_per_frame"]),
         "A field (dx and dy)": _kilobytes(found["bytes_per_field"]),
     }
-    return Grid(("How much", ""), list(rows.items()))
+    return Grid(("Size", ""), list(rows.items()))
 
 
 def _problems(found: dict[str, Any]) -> Iterator[Block]:
@@ -96,13 +98,16 @@ def _problems(found: dict[str, Any]) -> Iterator[Block]:
         more = [f"and {len(damages) - _MAX_DAMAGES:,} more."] if len(damages) > _MAX_DAMAGES else []
         yield _bullets([*damages[:_MAX_DAMAGES], *more])
     if short:
-        yield Text(
-            f"{_count(short['no_stack'])} fewer than {short['L'] + 1} frames, too few for a stack of L = {short['L']} "
-            f"fields: training leaves them out, tests repeat their last field. {_count(short['no_field'])} fewer than "
-            "2, and no field at all."
-        )
-        if short["no_stack"]["num_videos"]:
-            yield _bullets(_first(short["no_stack"]["first"], short["no_stack"]["num_videos"]))
+        least, num_short = short["L"] + 1, short["no_stack"]["num_videos"]
+        if not num_short:
+            yield Text(f"Every video has at least {least} frames, enough for a stack of L = {short['L']} fields.")
+        else:
+            yield Text(
+                f"**{plural(num_short, 'short video')}**: fewer than {least} frames, too few for a stack of L = "
+                f"{short['L']} fields. Training leaves them out, tests repeat their last field. A single frame, and no "
+                f"field at all: {plural(short['no_field']['num_videos'], 'video')}."
+            )
+            yield _bullets(_first(short["no_stack"]["first"], num_short))
     yield Text(
         f"Left out when the set was packed: {plural(left['num_bad'], 'bad item')} (`{BAD_NAME}`). Listed and not "
         f"there: {plural(left['num_missing'], 'video')} (`missing_videos.txt`)."
@@ -111,11 +116,15 @@ def _problems(found: dict[str, Any]) -> Iterator[Block]:
         yield _bullets(_first([f"{bad['video']}: {bad['reason']}" for bad in left["first_bad"]], left["num_bad"]))
 
 
-def _lengths(found: dict[str, Any]) -> str:
-    shortest, longest = (found["frames_per_video"][key] for key in ("shortest", "longest"))
-    named = [f"{end['num_frames']:,} (`{printable(end['video'])}`)" for end in (shortest, longest)]
-    middle = f"median {found['frames_per_video']['median']:,g}, mean {found['frames_per_video']['mean']:,.1f}"
-    return f"Shortest {named[0]}, {middle}, longest {named[1]}."
+def _lengths(lengths: dict[str, Any]) -> Iterator[Block]:
+    ends = [lengths[key] for key in ("shortest", "longest")]
+    if ends[0]["num_frames"] == ends[1]["num_frames"]:
+        yield Text(f"Every video has {plural(ends[0]['num_frames'], 'frame')}.")
+        return
+    shortest, longest = (f"{end['num_frames']:,} (`{printable(end['video'])}`)" for end in ends)
+    middle = f"median {lengths['median']:,g}, mean {lengths['mean']:,.1f}"
+    yield Text(f"Shortest {shortest}, {middle}, longest {longest}.")
+    yield draw_frames(lengths)
 
 
 def _classes(found: dict[str, Any]) -> Iterator[Block]:
@@ -128,18 +137,20 @@ def _classes(found: dict[str, Any]) -> Iterator[Block]:
         yield Text(
             f"Motion is the mean length of the displacements in px/frame of frames whose smaller side is "
             f"{low if low == high else f'{low} to {high}'} px; once all of it, and once less each field's mean vector, "
-            "which takes away most of a camera's motion. It was measured on a sample drawn with seed "
-            f"{found['seed']}: the last column."
+            "which takes away most of a camera's motion, and gives a little to what stands still. It was "
+            f"measured on a sample drawn with seed {found['seed']}: the last column."
         )
-        head += ["motion, px/frame", "less the mean", "measured on"]
+        head = ["class", "motion, px/frame", "less the mean", *head[1:], "measured on"]
     rows = []
     for entry in classes:
-        row = [entry["name"], *(f"{entry[key]:,}" for key in ("num_videos", "num_frames", "num_fields"))]
+        row = [f"{entry[key]:,}" for key in ("num_videos", "num_frames", "num_fields")]
         row += [_megabytes(entry["rgb_bytes"]), _megabytes(entry["flow_bytes"])]
         if motion := entry["motion"]:
-            row += [f"{motion[key]:.2f}" for key in ("px_per_frame", "less_mean_px_per_frame")]
+            row[:0] = [f"{motion[key]:.2f}" for key in ("px_per_frame", "less_mean_px_per_frame")]
             row.append(f"{plural(motion['num_fields'], 'field')} of {plural(motion['num_videos'], 'video')}")
-        rows.append(row + ["–"] * (len(head) - len(row)))
+        elif moving:
+            row = ["–", "–", *row, "–"]
+        rows.append([entry["name"], *row])
     yield Grid(head, rows)
     if moving:
         yield draw_motion(classes)
@@ -149,9 +160,9 @@ def _sheet(found: dict[str, Any], sheet: list[Picture], named: bool) -> Iterator
     flow = "dx" if found["num_fields"] else ""
     if flow:
         yield Text(
-            "Of each video the middle frame and its flow in colour; below them dx and dy in grey. The caption gives s, "
-            "the displacement that has full colour and is black or white in grey: the 99th percentile of that field. "
-            "What is longer is darker in colour."
+            "Of each video the middle frame and its flow in colour; below, dx and dy in grey. The caption gives the "
+            "frame's number, from 0, and ±s, the displacement that has full colour and is black or white in grey: the "
+            "99th percentile of that field. What is longer is darker in colour."
         )
         yield draw_legend()
     if not named and found["num_classes"] > MAX_CLASSES:
@@ -166,11 +177,14 @@ def _sheet(found: dict[str, Any], sheet: list[Picture], named: bool) -> Iterator
 
 def _value(value: Any) -> str:
     """A value of dataset.json, of any type, in a few words."""
+    if isinstance(value, float):
+        return f"{value:g}"
     return printable(value if isinstance(value, str) else json.dumps(value), 100)
 
 
-def _items(parameters: Any) -> list[tuple[str, Any]]:
-    return list(parameters.items())[:100] if isinstance(parameters, dict) else []
+def _parameters(parameters: Any) -> str:
+    items = list(parameters.items())[:100] if isinstance(parameters, dict) else []
+    return ", ".join(f"{printable(key, 100)} {_value(value)}" for key, value in items)
 
 
 def _bullets(lines: Sequence[str]) -> Prose:
@@ -179,10 +193,6 @@ def _bullets(lines: Sequence[str]) -> Prose:
 
 def _first(names: Sequence[str], count: int) -> list[str]:
     return [*names, *([f"and {count - len(names):,} more."] if count > len(names) else [])]
-
-
-def _count(short: dict[str, Any]) -> str:
-    return f"{plural(short['num_videos'], 'video')} {'has' if short['num_videos'] == 1 else 'have'}"
 
 
 def _classes_of(count: int) -> str:

@@ -25,6 +25,7 @@ _THUMB_QUALITY = 80
 _MIN_SCALE_PX = 0.1
 
 _ABSENT_GREY = 225
+_MAX_BARS = 120
 
 
 def contact_sheet(packed: PackedSet, labels: Sequence[int], per_class: int, seed: int) -> list[Picture]:
@@ -42,15 +43,15 @@ def _picture(packed: PackedSet, label: int, number: int) -> Picture:
     words = [class_name, printable(video_id.removeprefix(f"{class_name}/"))]
     size = packed.arrays["videos"][number]
     image = _thumb(_absent(size) if frame is None else frame)
-    words += ["the frame is damaged"] * (frame is None)
+    words += ["the frame cannot be read"] * (frame is None)
     if num_frames > 1:
-        words.append(f"frame {t + 1} of {num_frames}")
+        words.append(f"frame {t} of {num_frames}")
     if components is not None:
         flow, scale_px = field_thumbs([(_thumb(codes), lo, hi) for codes, (lo, hi, _) in components])
         words.append(f"±{scale_px:.2g} px/frame")
         image = tile(image, *flow)
     elif packed.num_fields[number]:
-        words.append("its field is damaged")
+        words.append("its field cannot be read")
         image = tile(image, *[_thumb(_absent(size))] * 3)
     return Picture(encode_rgb(image, _THUMB_QUALITY), "image/jpeg", " · ".join(words))
 
@@ -115,13 +116,18 @@ def draw_frames(lengths: dict[str, Any]) -> Picture:
     axes.set_xlabel("frames")
     axes.set_ylabel("videos")
     axes.locator_params(integer=True)
+    axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.spines[["top", "right"]].set_visible(False)
     return Picture(to_svg(figure), "image/svg+xml", "Videos by their number of frames")
 
 
 def draw_motion(classes: Sequence[dict[str, Any]]) -> Picture:
-    """Motion of each class as bars, most first."""
+    """Motion of each class as bars, most first; of the classes that move most."""
     moving = sorted((c for c in classes if c["motion"]), key=lambda c: c["motion"]["px_per_frame"])
+    caption = "Mean length of the displacements of each class"
+    if len(moving) > _MAX_BARS:
+        caption += f", of the {_MAX_BARS} that move most"
+    moving = moving[-_MAX_BARS:]
     figure = new_figure(5, 0.6 + 0.2 * len(moving), layout="constrained")
     axes = figure.subplots()
     names = [name if len(name := c["name"]) <= 28 else f"{name[:27]}…" for c in moving]
@@ -130,9 +136,9 @@ def draw_motion(classes: Sequence[dict[str, Any]]) -> Picture:
         ("less_mean_px_per_frame", "tab:blue", "less the field's mean"),
     ):
         axes.barh(range(len(moving)), [c["motion"][key] for c in moving], color=color, label=label, height=0.7)
-    axes.set_yticks(range(len(moving)), [name.replace("$", r"\$") for name in names], fontsize=8)
+    axes.set_yticks(range(len(moving)), names, fontsize=8, parse_math=False)
     axes.set_ylim(-0.6, len(moving) - 0.4)
     axes.set_xlabel("px/frame")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8, loc="lower right")
-    return Picture(to_svg(figure), "image/svg+xml", "Mean length of the displacements of each class")
+    return Picture(to_svg(figure), "image/svg+xml", caption)

@@ -15,13 +15,15 @@ from tqdm import tqdm
 from flow.clips import decode_image, read_image
 from flow.codec import dequantise
 from flow.command import did_you_mean
-from flow.index import decode_names, image_places, load_set
+from flow.index import INDEX_NAME, decode_names, image_places, load_set
 from flow.resume import BAD_NAME
 from flow.shard import ShardError
 from flow.untrusted import open_regular, read_lines
 from flow.verify import size_damage
 
 Ints = npt.NDArray[np.int64]
+#: Codes (H, W) of a component, and its lo, hi and mean in px/frame.
+Component = tuple[npt.NDArray[np.uint8], tuple[float, float, float]]
 
 #: Fields of a class that its motion is measured on.
 SAMPLE_FIELDS = 48
@@ -101,15 +103,19 @@ class PackedSet:
         read = self._read(number, "rgb", t)
         return read[0] if read else None
 
-    def read_field(self, number: int, t: int) -> list[tuple[npt.NDArray[np.uint8], tuple[float, float, float]]] | None:
-        """Codes (H, W) and (lo, hi, mean) in px/frame of d_t's components; None as of `read_frame`."""
+    def read_field(self, number: int, t: int) -> list[Component] | None:
+        """dx and dy of d_t; None if the video has no fields, or as of `read_frame`."""
+        if not self.num_fields[number]:
+            return None
         dx, dy = (self._read(number, kind, t) for kind in ("dx", "dy"))
         return [dx, dy] if dx and dy else None
 
-    def _read(self, number: int, kind: str, t: int) -> tuple[npt.NDArray[np.uint8], tuple[float, float, float]] | None:
-        if kind not in self.arrays:
-            return None
-        for place in image_places(self._header, self.arrays, number, kind, np.array([t])):
+    def _read(self, number: int, kind: str, t: int) -> Component | None:
+        places = list(image_places(self._header, self.arrays, number, kind, np.array([t])))
+        if not places:
+            rebuild = f"Rebuild it: `python -m flow.verify {self.root} --rebuild-index`."
+            self._note(number, f"{INDEX_NAME}: {self.video_ids([number])[0]} has no {kind} of frame {t}. {rebuild}")
+        for place in places:
             if place.shard not in self._absent:
                 try:
                     with open_regular(self.root / place.shard) as file:
@@ -288,7 +294,7 @@ def _draw_fields(packed: PackedSet, label: int, seed: int, sample: int) -> list[
     return drawn
 
 
-def _lengths(components: list[tuple[npt.NDArray[np.uint8], tuple[float, float, float]]]) -> tuple[float, float]:
+def _lengths(components: list[Component]) -> tuple[float, float]:
     """Mean length of a field's displacements in px/frame; and of what is left of them less the field's mean vector."""
     field = np.stack([dequantise(codes, lo, hi) for codes, (lo, hi, _) in components])
     mean = np.array([mean for _, (_, _, mean) in components], np.float32)
