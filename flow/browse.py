@@ -77,9 +77,9 @@ def _totals(found: dict[str, Any]) -> Grid:
         "Frames": f"{found['num_frames']:,}",
         "Fields": fields,
         "All shards": _megabytes(found["bytes"]),
-        "of that RGB frames": _megabytes(found["rgb_bytes"]),
-        "flow": _megabytes(found["flow_bytes"]),
-        "tar headers, clips' JSON": _megabytes(found["bytes"] - found["rgb_bytes"] - found["flow_bytes"]),
+        "of that frames": _megabytes(found["rgb_bytes"]),
+        "of that flow": _megabytes(found["flow_bytes"]),
+        "of that tar headers, JSON": _megabytes(found["bytes"] - found["rgb_bytes"] - found["flow_bytes"]),
         "A frame": _kilobytes(found["bytes_per_frame"]),
         "A field (dx and dy)": _kilobytes(found["bytes_per_field"]),
     }
@@ -227,7 +227,7 @@ The page is one file that needs no network.""",
     less_mean_px_per_frame, num_fields, num_videos, size_px} or null without fields}]
   short {L, no_stack, no_field {num_videos, first}} or null for images
   left_out {num_bad, first_bad [{video, reason}], num_missing}
-  damaged_videos, damages, num_verified (images that --verify checked) or null
+  damaged_videos (of those looked at), damages [line], num_verified (images that --verify checked) or null
 
 Exit code 1: damage was found. 2: error.""",
     )
@@ -265,14 +265,13 @@ def main(argv: list[str] | None = None) -> int:
         _check_options(options)
         packed = PackedSet(options.root)
         labels = packed.labels_of(options.classes)
-        found = survey(packed, labels, seed=options.seed, sample=options.sample)
+        found = survey(packed, labels, options.seed, options.sample)
         shown = labels if options.classes else labels[:MAX_CLASSES]
         sheet = [] if options.json else contact_sheet(packed, shown, options.per_class, options.seed)
-        found["num_verified"] = None
-        if options.verify:
-            report = verify(options.root)
-            found["num_verified"] = report.num_members
-            packed.damages += [line for line in report.damages if line not in packed.damages]
+        report = verify(options.root) if options.verify else None
+        damages = list(packed.damages | dict.fromkeys(report.damages if report else ()))
+        found |= {"damaged_videos": list(packed.damaged_videos), "damages": damages}
+        found["num_verified"] = report.num_members if report else None
         if options.json:
             print(json.dumps(found, indent=1))
         else:
@@ -281,12 +280,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if not options.json:
-        print(*packed.damages, sep="\n", end="\n" * bool(packed.damages))
+        print(*damages, sep="\n", end="\n" * bool(damages))
         print(
             f"{options.out}: {plural(found['num_videos'], 'video')} of {_classes_of(found['num_classes'])}, "
-            f"{plural(len(packed.damages), 'damage')}"
+            f"{plural(len(damages), 'damage')}"
         )
-    return int(bool(packed.damages))
+    return int(bool(damages))
 
 
 if __name__ == "__main__":

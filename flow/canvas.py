@@ -49,8 +49,8 @@ def to_svg(figure: Figure) -> bytes:
     from matplotlib import rc_context
 
     content = io.BytesIO()
-    options = {"svg.fonttype": "none", "svg.hashsalt": "figure", "font.family": "sans-serif"}
-    with rc_context(options), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # from the font here, which is not the reader's
-        figure.savefig(content, format="svg", metadata={"Date": None})
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "figure", "font.family": "sans-serif"}):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing")  # from the font here, which is not the reader's
+            figure.savefig(content, format="svg", metadata={"Date": None})
     return content.getvalue()

@@ -43,9 +43,8 @@ def _picture(packed: PackedSet, label: int, number: int) -> Picture:
     words = [class_name, printable(video_id.removeprefix(f"{class_name}/"))]
     size = packed.arrays["videos"][number]
     image = _thumb(_absent(size) if frame is None else frame)
-    words += ["the frame cannot be read"] * (frame is None)
-    if num_frames > 1:
-        words.append(f"frame {t} of {num_frames}")
+    words += [f"frame {t} of {num_frames}"] if num_frames > 1 else []
+    words += ["it cannot be read"] if frame is None else []
     if components is not None:
         flow, scale_px = field_thumbs([(_thumb(codes), lo, hi) for codes, (lo, hi, _) in components])
         words.append(f"±{scale_px:.2g} px/frame")

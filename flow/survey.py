@@ -40,8 +40,8 @@ class PackedSet:
     """A packed set, opened to be looked at.
 
     dataset: content of dataset.json.              classes: names, label k is classes[k]
-    labels, num_frames: (num_videos,) int64.       damages: what was found so far, in lines
-    damaged_videos: ids of the videos that it was found in
+    labels, num_frames: (num_videos,) int64.       damages: lines, what was found so far, in that order
+    damaged_videos: ids of the videos that were found damaged
 
     Raises ValueError and ShardError as `flow.index.load_set` does.
     """
@@ -52,12 +52,12 @@ class PackedSet:
         self.classes: list[str] = [entry["name"] for entry in self.dataset["classes"]]
         self.labels: Ints = self.arrays["videos"]["label"].astype(np.int64)
         self.num_frames: Ints = self.arrays["videos"]["num_frames"].astype(np.int64)
-        self.damages: list[str] = []
-        self.damaged_videos: list[str] = []
+        self.damages: dict[str, None] = {}
+        self.damaged_videos: dict[str, None] = {}
         self._absent = set()
         for shard in self.dataset["shards"]:
             if wrong := size_damage(root / shard["name"], shard["bytes"]):
-                self.damages.append(wrong)
+                self.damages[wrong] = None
             if not (root / shard["name"]).is_file():
                 self._absent.add(shard["name"])
 
@@ -111,7 +111,8 @@ class PackedSet:
         return [dx, dy] if dx and dy else None
 
     def _read(self, number: int, kind: str, t: int) -> Component | None:
-        places = list(image_places(self._header, self.arrays, number, kind, np.array([t])))
+        there = kind in self.arrays
+        places = list(image_places(self._header, self.arrays, number, kind, np.array([t]))) if there else []
         if not places:
             rebuild = f"Rebuild it: `python -m flow.verify {self.root} --rebuild-index`."
             self._note(number, f"{INDEX_NAME}: {self.video_ids([number])[0]} has no {kind} of frame {t}. {rebuild}")
@@ -127,8 +128,7 @@ class PackedSet:
 
     def _note(self, number: int, wrong: str) -> None:
         (video_id,) = self.video_ids([number])
-        self.damages += [wrong] if wrong not in self.damages else []
-        self.damaged_videos += [video_id] if video_id not in self.damaged_videos else []
+        self.damages[wrong] = self.damaged_videos[video_id] = None
 
     def labels_of(self, names: Sequence[str] | None) -> list[int]:
         """Labels of some classes, in order; without names of all. Raises ValueError that names the nearest class."""
@@ -151,9 +151,7 @@ class PackedSet:
         return np.random.default_rng([seed, label]).permutation(order[at[label] : at[label + 1]])
 
 
-def survey(
-    packed: PackedSet, labels: Sequence[int], *, seed: int = 0, sample: int = SAMPLE_FIELDS, L: int = STACK_L
-) -> dict[str, Any]:
+def survey(packed: PackedSet, labels: Sequence[int], seed: int, sample: int) -> dict[str, Any]:
     """All numbers, as JSON has them: of the whole set, and of the classes with these labels.
 
     sample: fields of each class that its motion is measured on, from as many videos as there are.
@@ -169,10 +167,8 @@ def survey(
         "frames_per_video": _frames_per_video(packed),
         "seed": seed,
         "classes": [{**entry, "motion": motion[entry["name"]]} for entry in _class_counts(packed, labels)],
-        "short": _short_videos(packed, L),
+        "short": _short_videos(packed),
         "left_out": _left_out(packed.root),
-        "damaged_videos": packed.damaged_videos,
-        "damages": packed.damages,
     }
 
 
@@ -230,12 +226,12 @@ def _class_counts(packed: PackedSet, labels: Sequence[int]) -> Iterator[dict[str
         yield {"name": entry["name"], "official_id": entry["official_id"], **counts}
 
 
-def _short_videos(packed: PackedSet, L: int) -> dict[str, Any] | None:
-    """Videos with too few frames for a stack of L fields, and for one; None for images, which have no fields."""
+def _short_videos(packed: PackedSet) -> dict[str, Any] | None:
+    """Videos with too few frames for a stack, and for a single field; None for images, which have no fields."""
     if "dx" not in packed.arrays:
         return None
-    found: dict[str, Any] = {"L": L}
-    for key, least in (("no_stack", L + 1), ("no_field", 2)):
+    found: dict[str, Any] = {"L": STACK_L}
+    for key, least in (("no_stack", STACK_L + 1), ("no_field", 2)):
         short = np.flatnonzero(packed.num_frames < least)
         found[key] = {"num_videos": len(short), "first": packed.video_ids(short[:_MAX_NAMED])}
     return found

@@ -167,6 +167,17 @@ def test_short_videos_are_counted_and_named_and_no_error(packed, tmp_path, capsy
     assert "1 short video" in text and "walk/short" in text and "No damage was found" in text
 
 
+def test_a_video_of_one_frame_has_no_field(tmp_path, capsys):
+    frames, fields = np.zeros((12, 16, 20, 3), np.uint8), np.ones((11, 2, 16, 20), np.float32)
+    root = pack_arrays(tmp_path / "set", {"a/long": (frames, fields), "b/single": (frames[:1], fields[:0])})
+    found = numbers(root, capsys)
+    assert found["short"]["no_field"] == {"num_videos": 1, "first": ["b/single"]}
+    assert [entry["motion"] is None for entry in found["classes"]] == [False, True]
+    shown = page(root, tmp_path)
+    assert [image.shape for image in shown.pictures.values()] == [(260, 324, 3), (128, 160, 3)]
+    assert "A single frame, and no field at all: 1 video." in shown.text
+
+
 # --- pictures ----------------------------------------------------------------------------------------------------
 
 #: Displacement of a whole field in px/frame -> its colour at full strength.
@@ -331,7 +342,7 @@ def test_a_shard_that_is_missing_or_cut_off_is_named(copy, tmp_path, capsys):
     assert len(shown.pictures) == 6 and all("cannot be read" in caption for caption in shown.pictures)
 
 
-def test_an_index_that_lies_about_entries_is_named(copy, capsys):
+def test_an_index_that_lies_about_entries_is_named(copy, tmp_path, capsys):
     header, arrays = load_index(copy)
     arrays = {name: np.array(array) for name, array in arrays.items()}
     arrays["dx"]["hi"][0] = np.nan
@@ -343,6 +354,10 @@ def test_an_index_that_lies_about_entries_is_named(copy, capsys):
     assert found["damaged_videos"] == [video_id] and len(found["damages"]) == 2
     assert f"{video_id}/0000.000.dx.jpg at offset" in found["damages"][0]
     assert f"{video_id} has no dy of frame 1. Rebuild it" in found["damages"][1]
+    del arrays["rgb"]
+    write_index(copy, header, arrays)
+    shown = page(copy, tmp_path, "--sample", 1, code=1)
+    assert len(shown.pictures) == 6 and "has no rgb of frame 6. Rebuild it" in shown.text
 
 
 def test_what_cannot_be_browsed_is_one_line(copy, tmp_path, capsys):
