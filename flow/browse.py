@@ -39,7 +39,7 @@ def write_page(packed: PackedSet, found: dict[str, Any], sheet: list[Picture], n
 
 
 def _sentence(found: dict[str, Any]) -> str:
-    method = f", flow by {_value(found['flow'].get('method'))}" if found["flow"] else ", without flow"
+    method = f", flow by {_method(found)}" if found["num_fields"] else ", without flow"
     lines = [
         f"{plural(found['num_videos'], 'video')} of {_classes_of(found['num_classes'])}, "
         f"{plural(found['num_frames'], 'frame')}{method}: {_megabytes(found['bytes'])} in `{printable(found['root'])}`."
@@ -55,7 +55,7 @@ def _what(found: dict[str, Any]) -> Grid:
     low, high = found["size_px"]
     splits = [f"{printable(name)}: {count:,}" for name, count in found["splits"].items()]
     rows = {
-        "Flow": _value(flow.get("method", "none: images")),
+        "Flow": _method(found) if found["num_fields"] else "none: images",
         "Library": library,
         "Camera": f"subtracted: {_value(flow['camera'])}" if flow.get("camera") else "left in" if flow else "",
         "Codec": f"{codec['name']} {codec['version']}, range {codec['range']}"
@@ -157,8 +157,7 @@ def _classes(found: dict[str, Any]) -> Iterator[Block]:
 
 
 def _sheet(found: dict[str, Any], sheet: list[Picture], named: bool) -> Iterator[Block]:
-    flow = "dx" if found["num_fields"] else ""
-    if flow:
+    if found["num_fields"]:
         yield Text(
             "Of each video the middle frame and its flow in colour; below, dx and dy in grey. The caption gives the "
             "frame's number, from 0, and ±s, the displacement that has full colour and is black or white in grey: the "
@@ -169,7 +168,7 @@ def _sheet(found: dict[str, Any], sheet: list[Picture], named: bool) -> Iterator
         yield Text(
             f"These are the first {MAX_CLASSES} of {found['num_classes']:,} classes; `--classes NAME ...` shows others."
         )
-    yield Columns(sheet, 2 * THUMB_PX if flow else THUMB_PX)
+    yield Columns(sheet, 2 * THUMB_PX if found["num_fields"] else THUMB_PX)
 
 
 # --- words -------------------------------------------------------------------------------------------------------
@@ -180,6 +179,10 @@ def _value(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     return printable(value if isinstance(value, str) else json.dumps(value), 100)
+
+
+def _method(found: dict[str, Any]) -> str:
+    return _value((found["flow"] or {}).get("method", "an unknown method"))
 
 
 def _parameters(parameters: Any) -> str:
