@@ -20,7 +20,7 @@ from loaders import pipeline as graphs
 from loaders.batch import Batch, StreamSpec
 from loaders.damage import Replacements, read_request
 from loaders.draw import Draw, Ints, check_batch_size, population, rank_slots, slot_draws
-from loaders.graph import FedGraph, InUse, to_device
+from loaders.graph import FedGraph, InUse, give_back_freed, to_device
 from loaders.index import Index
 from loaders.inputs import request_inputs, stack_inputs
 from loaders.pipeline import Graph
@@ -248,6 +248,7 @@ class DaliLoader:
         self._in_use.close()
         for graph in self._graphs:
             graph.close()
+        give_back_freed()
 
     def __enter__(self) -> Self:
         return self

@@ -1,7 +1,9 @@
 """Between Python and a running DALI graph: what goes in lives until it is done, what comes out until it is read."""
 
+import ctypes
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy.typing as npt
@@ -108,3 +110,13 @@ def to_device(values: npt.NDArray[Any], device: str | torch.device) -> torch.Ten
     if torch.device(device).type == "cpu":
         return tensor
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def give_back_freed() -> None:
+    """Return to the system what was freed.
+
+    glibc keeps what a thread freed in an arena of it: loaders made one after the other, each with threads of its own,
+    would come to hold several times the memory of one.
+    """
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
