@@ -14,6 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+from tqdm import tqdm
+
+from flow.command import did_you_mean, nearest_path
 from flow.shard import check_class_name, check_video_id
 from flow.untrusted import MAX_JSON_BYTES, read_lines
 from flow.video import VIDEO_EXTENSIONS
@@ -80,9 +83,11 @@ def read_lists(splits_dir: Path | None, dataset: str | None) -> tuple[str, Lists
             raise ValueError(f"The dataset 'folder' makes its own split; it does not read the lists in {splits_dir}.")
         return dataset, None
     if dataset not in LIST_READERS:
-        raise ValueError(f"dataset {dataset!r} is unknown; there are {', '.join(LIST_READERS)} and folder.")
+        near = did_you_mean(dataset, [*LIST_READERS, "folder"])
+        raise ValueError(f"dataset {dataset!r} is unknown; there are {', '.join(LIST_READERS)} and folder.{near}")
     if splits_dir is None:
         raise ValueError(f"The dataset {dataset!r} needs its official list files: give their folder as --splits.")
+    _check_lists_folder(splits_dir)
     return dataset, LIST_READERS[dataset](splits_dir)
 
 
@@ -93,7 +98,8 @@ def list_videos(root: Path, extensions: Set[str] = VIDEO_EXTENSIONS, what: str =
     extension only, and names that no shard can hold.
     """
     if not root.is_dir():
-        raise ValueError(f"{root} is no folder. Give the folder that holds the class folders (Class/clip.avi).")
+        what = "Give the folder that holds the class folders (Class/clip.avi)."
+        raise ValueError(f"{root} is no folder. {what}{nearest_path(root)}")
     videos: dict[str, Video] = {}
     for path in _files(root, extensions):
         relative = path.relative_to(root)
@@ -123,7 +129,8 @@ def _files(root: Path, extensions: Set[str]) -> Iterator[Path]:
 def walk(root: Path) -> Iterator[tuple[str, list[str]]]:
     """A folder and every one below it, with the names of its files in order. Hidden ones are passed over."""
     seen = set()
-    for folder, folders, files in os.walk(root, followlinks=True):
+    bar = tqdm(os.walk(root, followlinks=True), desc=f"listing {root.name}", unit="folder", delay=1, disable=None)
+    for folder, folders, files in bar:
         # Links are followed, since data sets are often linked together; but not in circles.
         seen.add(os.path.realpath(folder))
         folders[:] = sorted(
@@ -190,8 +197,7 @@ def match(dataset: str, root: Path, videos: Sequence[Video], lists: Lists) -> Ca
 def _detect(splits_dir: Path | None) -> str:
     if splits_dir is None:
         return "folder"
-    if not splits_dir.is_dir():
-        raise ValueError(f"--splits {splits_dir} is no folder. Give the folder of the official list files.")
+    _check_lists_folder(splits_dir)
     if any(splits_dir.glob("trainlist*.txt")):
         return "ucf101"
     if any(splits_dir.glob("*_test_split*.txt")):
@@ -200,6 +206,12 @@ def _detect(splits_dir: Path | None) -> str:
         f"{splits_dir} holds neither UCF-101's lists (classInd.txt, trainlist01.txt, testlist01.txt) nor HMDB-51's "
         "(<class>_test_split1.txt). Without --splits a seeded split is made."
     )
+
+
+def _check_lists_folder(splits_dir: Path) -> None:
+    if not splits_dir.is_dir():
+        what = "Give the folder of the official list files."
+        raise ValueError(f"--splits {splits_dir} is no folder. {what}{nearest_path(splits_dir)}")
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str, int | None]]:

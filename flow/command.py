@@ -4,50 +4,91 @@ import argparse
 import difflib
 import os
 import re
-from collections.abc import Iterable, Iterator
-from itertools import islice
+import sys
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, NoReturn
+
+from tqdm import tqdm
 
 #: Similarity, from 0 to 1, from which on a word is worth proposing.
 _ALIKE = 0.6
 
 #: Entries of a folder that are compared with a wrong name, and words that are: of a million videos the first.
-_MAX_COMPARED = 20_000
+MAX_COMPARED = 20_000
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """ " Did you mean 'x'?" with the known word nearest to a wrong one, or "" if none is like it. Case is ignored."""
-    by_lower = {name.lower(): name for name in islice(known, _MAX_COMPARED)}
-    near = difflib.get_close_matches(word[:200].lower(), by_lower, 1, _ALIKE)
-    return f" Did you mean {by_lower[near[0]]!r}?" if near else ""
+    """ " Did you mean 'x'?" with the known word that is most like a wrong one, or the only one that begins with it; ""
+    if there is none. Case is ignored."""
+    near = nearest(word, known)
+    return f" Did you mean {near!r}?" if near is not None else ""
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The word that `did_you_mean` proposes."""
+    by_lower = {name.lower(): name for name in islice(known, MAX_COMPARED)}
+    word = word[:200].lower()
+    near = difflib.get_close_matches(word, by_lower, 1, _ALIKE)
+    if not near and word:
+        near = [name for name in by_lower if name.startswith(word)]
+    return by_lower[near[0]] if len(near) == 1 else None
 
 
 def nearest_path(path: str | Path) -> str:
     """What to say of a path that is not there: the nearest one that is, or how far it leads; "" if it is there.
 
-    UCF-10/Archery, beside UCF-101     " Did you mean 'UCF-101/Archery'?"
-    data/none/packed                   " 'data' is there, 'none' is not in it."
+    ucf-10/Archry, beside UCF-101/Archery    " Did you mean 'UCF-101/Archery'?"
+    data/none/packed                         " 'data' is there, 'none' is not in it."
     """
-    path = Path(path)
     missing: list[str] = []
-    found = path
-    while not found.exists() and found != found.parent:
+    found = Path(path)
+    while not os.path.exists(found) and found != found.parent:
         missing.insert(0, found.name)
         found = found.parent
     if not missing:
         return ""
     if not found.is_dir():
         return f" {str(found)!r} is no folder."
-    try:
-        with os.scandir(found) as entries:
-            names = [entry.name for entry in islice(entries, _MAX_COMPARED)]
-    except OSError:
-        return ""
-    near = difflib.get_close_matches(missing[0], names, 1, _ALIKE)
-    if near:
-        return f" Did you mean {str(Path(found, near[0], *missing[1:]))!r}?"
+    near = found
+    for name in missing:
+        child = name if os.path.exists(near / name) else nearest(name, _entries(near))
+        if child is None:
+            break
+        near /= child
+    if near != found:
+        return f" Did you mean {str(near)!r}?"
     return f" {str(found)!r} is there, {missing[0]!r} is not in it." if str(found) != "." else ""
+
+
+def _entries(folder: Path) -> list[str]:
+    try:
+        with os.scandir(folder) as entries:
+            return [entry.name for entry in islice(entries, MAX_COMPARED)]
+    except OSError:
+        return []
+
+
+def describe_error(error: Exception) -> str:
+    """What ended a command, in one line; of a path that is not there, with the nearest that is."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        path = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else str(error.filename)
+        return f"{path}: {error.strerror}." + nearest_path(path) * isinstance(error, FileNotFoundError)
+    return str(error)
+
+
+def say(line: str) -> None:
+    """Print a line at once, above the progress bars if there are any."""
+    with tqdm.external_write_mode():
+        print(line, flush=True)
+
+
+def wrap_words(words: Iterable[str]) -> str:
+    """Words in indented lines, for a parser's description or epilog."""
+    indent = "  "
+    return textwrap.fill(", ".join(words), 78, initial_indent=indent, subsequent_indent=indent)
 
 
 class Parser(argparse.ArgumentParser):
@@ -56,23 +97,46 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args: Any, **options: Any) -> None:
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         options.setdefault("allow_abbrev", False)
+        self._words: list[str] = []
         super().__init__(*args, **options)
 
+    def add_subparsers(self, **options: Any) -> Any:
+        """As of ArgumentParser; a wrong option of a command is an error of the command, which knows the right one."""
+        return super().add_subparsers(**{"parser_class": _Command, **options})
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """As of ArgumentParser."""
+        self._words = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
-        """Exit with status 2 and the message, after a hint if it names an unknown option or choice."""
-        hints = []
-        if unknown := re.search(r"unrecognized arguments: (.*)", message):
-            words = [word.partition("=")[0] for word in unknown.group(1).split() if word.startswith("--")]
-            hints = [did_you_mean(word, _options(self)) for word in words]
-        elif choice := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
-            hints = [did_you_mean(choice.group(1), [name.strip(" '") for name in choice.group(2).split(",")])]
-        super().error(message + ("." if any(hints) else "") + "".join(hints))
+        """Exit with status 2 and the message; and, of an unknown option or choice, with the nearest known one."""
+        if choice := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            hint = did_you_mean(choice[1], [name.strip(" '") for name in choice[2].split(",")])
+            super().error(message + ("." + hint if hint else ""))
+        known = list(_options(self))
+        words = (word.partition("=")[0] for word in takewhile(lambda word: word != "--", self._words))
+        wrong = [word for word in words if re.match(r"-+[^-\d.]", word) and word not in known]
+        if wrong and not message.startswith("unrecognized"):  # what is said to be missing may be what was misspelt
+            message += f". There is no option {', '.join(wrong)}"
+        hints = [did_you_mean(f"--{word.lstrip('-')}", known) for word in wrong]
+        super().error(message + ("." + "".join(hints) if any(hints) else ""))
+
+
+class _Command(Parser):
+    """A parser of a command's command: what it does not know, nobody does."""
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return namespace, unknown
 
 
 def _options(parser: argparse.ArgumentParser) -> Iterator[str]:
-    """Long options of a parser and of its commands."""
+    """Options of a parser and of its commands."""
     for action in parser._actions:
-        yield from (option for option in action.option_strings if option.startswith("--"))
+        yield from action.option_strings
         if isinstance(action, argparse._SubParsersAction):
             for command in action.choices.values():
                 yield from _options(command)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flow.codec import Codec
+from flow.command import nearest_path
 from flow.shard import FORMAT_VERSION, MAX_CLASS_ID, ShardError, check_class_name
 from flow.untrusted import read_json
 
@@ -42,6 +43,19 @@ def read_dataset(root: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return dict(dataset)
+
+
+def no_packed_set(root: Path) -> str:
+    """What to say of a folder without `dataset.json`: the packed set that may be meant, or how to make one."""
+    if near := nearest_path(root):
+        return f"{root} is no packed data set: it is not there.{near}"
+    inner = next((path.parent for path in sorted(root.glob("*/dataset.json"))), None)
+    if inner:
+        return f"{root} is no packed data set: it has no dataset.json. Did you mean {str(inner)!r}?"
+    return (
+        f"{root} is no packed data set: it has no dataset.json. Pack one with `python -m flow.pack`, or images with "
+        "`python -m flow.images`; if a pack was stopped, run it again to finish."
+    )
 
 
 def check_classes(classes: Sequence[dict[str, Any]]) -> None:

@@ -17,7 +17,6 @@ three (50 %).
 The files are laid out like UCF-101: DIR/RedUp/v_RedUp_g01_c01.avi (g: scene), and DIR/splits with its lists.
 """
 
-import argparse
 import json
 import shutil
 import sys
@@ -30,6 +29,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+from flow.command import Parser, describe_error
 from flow.video import import_cv2, write_video
 
 Image = npt.NDArray[np.float32]
@@ -175,7 +175,7 @@ def generate(
     classes = list(product(APPEARANCES, MOTIONS))
     for appearance, motion in classes:
         (unfinished / (appearance + motion)).mkdir(parents=True)
-    for number in tqdm(range(1, num_train + num_test + 1), unit="scene", disable=None):
+    for number in tqdm(range(1, num_train + num_test + 1), desc="filming", unit="scene", disable=None):
         scene = draw_scene(seed, number, width, height)
         for appearance, motion in classes:
             frames = render(scene, appearance, motion, num_frames, width, height)
@@ -206,17 +206,30 @@ def _write_lists(folder: Path, num_train: int, num_test: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m flow.demo", description="Generate the demo data set.")
-    parser.add_argument("--out", type=Path, required=True, help="new folder for class folders and splits/")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--train", type=int, default=20, help="training clips of each class (default %(default)s)")
-    parser.add_argument("--test", type=int, default=10, help="test clips of each class (default %(default)s)")
-    parser.add_argument("--frames", type=int, default=24, help="of each clip (default %(default)s)")
+    parser = Parser(
+        prog="python -m flow.demo",
+        description="Generate the demo data set: small videos of six classes, which need both streams.",
+        epilog="example:\n"
+        "  python -m flow.demo --out demo/videos\n"
+        "  python -m flow.pack --videos demo/videos --splits demo/videos/splits --size 64 --out demo/packed\n\n"
+        "exit code: 0 it is there; 2 it cannot be made, the message says why",
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="new folder for class folders and splits/"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the scenes (default %(default)s)")
+    parser.add_argument(
+        "--train", type=int, default=20, metavar="N", help="training clips of each class (default %(default)s)"
+    )
+    parser.add_argument(
+        "--test", type=int, default=10, metavar="N", help="test clips of each class (default %(default)s)"
+    )
+    parser.add_argument("--frames", type=int, default=24, metavar="N", help="of each clip (default %(default)s)")
     options = parser.parse_args(argv)
     try:
         made = generate(options.out, options.seed, options.train, options.test, options.frames)
     except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {describe_error(error)}", file=sys.stderr)
         return 2
     num_clips = len(APPEARANCES) * len(MOTIONS) * (options.train + options.test)
     print(f"{options.out}: {num_clips} clips in 6 classes{'' if made else ', there already'}; lists in splits/")

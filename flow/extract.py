@@ -9,7 +9,6 @@ What each costs and how far it is off: benchmarks/flow_accuracy.py and flow_extr
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from flow.command import did_you_mean
 from flow.video import import_cv2
 
 Grey = npt.NDArray[np.uint8]
@@ -95,7 +95,8 @@ def flow_method(
     Raises ValueError for an unknown method or parameter, and for a device that the method cannot use.
     """
     if name not in FLOW_METHODS:
-        raise ValueError(f"method {name!r} is unknown; there are {', '.join(FLOW_METHODS)}.")
+        near = did_you_mean(name, FLOW_METHODS)
+        raise ValueError(f"method {name!r} is unknown; there are {', '.join(FLOW_METHODS)}.{near}")
     if device != "cpu" and name not in GPU_METHODS:
         raise ValueError(f"{name} runs on the CPU, not on {device!r}; on a GPU run {', '.join(sorted(GPU_METHODS))}.")
     import_cv2().setNumThreads(1)
@@ -136,9 +137,8 @@ def merge_parameters(name: str, defaults: Mapping[str, Any], given: Mapping[str,
     merged = dict(defaults)
     for key, value in given.items():
         if key not in defaults:
-            near = get_close_matches(key, defaults, 1)
-            hint = f"; did you mean {near[0]}?" if near else "."
-            raise ValueError(f"{name} has no parameter {key!r}{hint} There are {', '.join(defaults)}.")
+            near = did_you_mean(key, defaults)
+            raise ValueError(f"{name} has no parameter {key!r}; there are {', '.join(defaults)}.{near}")
         kind = type(defaults[key])
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from flow.catalog import Lists, Video, walk
+from flow.command import nearest_path
 from flow.image_sources import IMAGE_EXTENSIONS
 from flow.shard import check_class_name, check_video_id
 
@@ -88,7 +89,8 @@ def list_flow_dirs(flow_dir: Path, frames_dir: Path | None, lists: Lists | None)
 def _trees(flow_dir: Path, frames_dir: Path | None) -> list[Place]:
     for folder in (flow_dir, frames_dir):
         if folder is not None and not folder.is_dir():
-            raise ValueError(f"{folder} is no folder. Give the folder that holds the videos' folders.")
+            what = "Give the folder that holds the videos' folders."
+            raise ValueError(f"{folder} is no folder. {what}{nearest_path(folder)}")
     if (flow_dir / "u").is_dir() and (flow_dir / "v").is_dir():
         if frames_dir is None:
             raise ValueError(f"{flow_dir} holds fields alone, in u and v: give the frames' folder as --frames-dir.")

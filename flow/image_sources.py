@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
+from tqdm import tqdm
+
 from flow.catalog import Video, list_videos, split_by_folder
+from flow.command import nearest_path
 from flow.shard import MAX_CLASS_ID, check_class_name, check_video_id
 from flow.untrusted import MAX_JSON_BYTES, open_regular, printable, read_lines
 from flow.video import VIDEO_EXTENSIONS
@@ -77,7 +80,8 @@ def read_source(source: str, names: list[str] | None = None, prefix: str = "") -
     if names is not None:
         raise ValueError(f"--classes names the numbers in tars; {source} is a folder, which names its classes.")
     files = list_videos(Path(source), IMAGE_EXTENSIONS | VIDEO_EXTENSIONS, "image or video")
-    found = [Source(prefix + f.video_id, f.class_name, f.path, 0, f.path.stat().st_size, None) for f in files]
+    bar = tqdm(files, desc="asking for sizes", unit="file", delay=1, disable=None)
+    found = [Source(prefix + f.video_id, f.class_name, f.path, 0, f.path.stat().st_size, None) for f in bar]
     num_videos = sum(source.is_video for source in found)
     if 0 < num_videos < len(found):
         raise ValueError(
@@ -96,14 +100,15 @@ def _tars(source: str) -> list[Path]:
     if absent := [path for path in tars if not path.is_file()]:
         raise ValueError(
             f"{absent[0]} is not there. SRC is a folder of class folders of images or videos, a tar, a folder of tars, "
-            "or a pattern such as train-{0000..0145}.tar."
+            f"or a pattern such as train-{{0000..0145}}.tar.{nearest_path(absent[0])}"
         )
     return tars
 
 
 def _read_tars(tars: list[Path], names: list[str] | None, prefix: str) -> list[Source]:
     sources: dict[str, Source] = {}
-    for image in (image for tar in tars for image in read_tar(tar, names, prefix)):
+    bar = tqdm(tars, desc="reading labels", unit="tar", delay=1, disable=None)
+    for image in (image for tar in bar for image in read_tar(tar, names, prefix)):
         if image.video_id in sources:
             clash = sources[image.video_id].path
             raise ValueError(f"{clash} and {image.path} both hold {image.video_id!r}. Give tars different names.")

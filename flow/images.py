@@ -30,6 +30,7 @@ import numpy.typing as npt
 
 from flow.catalog import seeded_shards
 from flow.codec import Codec, decode_rgb
+from flow.command import Parser
 from flow.fragment import FragmentReport, Totals, encode_frame, fragment_file, reason
 from flow.image_sources import Source, read_sources
 from flow.pool import default_num_workers, interruptible
@@ -238,27 +239,47 @@ def _write_image(file: BinaryIO, source: Source, image_id: str, image: npt.NDArr
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m flow.images",
-        description="Pack images into shards, each as a video of one frame. Stopped, it goes on with the same command.",
-        epilog="SRC: a folder of class folders of images or of videos; WebDataset tars with jpg (jpeg, png) and cls "
-        "members, as a tar, a folder of tars or a pattern train-{0000..0145}.tar. "
-        "Exit code 1: some images are bad (unless --skip-bad). 2: error.",
+        description="Pack images into shards, each as a video of one frame.\n"
+        "Stopped, it goes on with the same command.",
+        epilog="SRC: a folder of class folders of images or of videos; or WebDataset tars with\n"
+        "  jpg (jpeg, png) and cls members, as a tar, a folder of tars or a pattern,\n"
+        "  train-{0000..0145}.tar\n\n"
+        "example:\n"
+        "  python -m flow.images --train ILSVRC2012/train --val ILSVRC2012/val --out packed\n\n"
+        "exit code: 0 packed; 1 some images are bad (but for --skip-bad); 2 nothing could\n"
+        "  be done, the message says why; 130, 143 stopped",
     )
     parser.add_argument("--train", metavar="SRC", required=True, help="images to train on")
     parser.add_argument(
         "--val", metavar="SRC", help="images to test on (default: 30 %% of a class's images, or videos)"
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder of the packed data set")
-    parser.add_argument("--size", type=int, default=256, help="smaller side of the images in px (default 256)")
-    parser.add_argument("--quality", type=int, default=90, help="of JPEG, 1..100 (default 90)")
-    parser.add_argument("--classes", type=Path, help="names of the classes that tars number, one a line, from 0")
-    parser.add_argument("--every", type=int, help=f"distance of the frames taken from a video (default {EVERY})")
-    parser.add_argument("--workers", type=int, help="processes (default: one per core)")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the packed data set")
     parser.add_argument(
-        "--per-shard", type=int, help=f"images of a shard (default {PER_SHARD}), or videos ({VIDEOS_PER_SHARD})"
+        "--size", type=int, default=256, metavar="PX", help="smaller side of the images in px (default %(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the order in the shards, and of the split")
+    parser.add_argument("--quality", type=int, default=90, metavar="N", help="of JPEG, 1..100 (default %(default)s)")
+    parser.add_argument(
+        "--classes", type=Path, metavar="FILE", help="names of the classes that tars number, one a line, from 0"
+    )
+    parser.add_argument(
+        "--every", type=int, metavar="N", help=f"distance of the frames taken from a video (default {EVERY})"
+    )
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
+    parser.add_argument(
+        "--per-shard",
+        type=int,
+        metavar="N",
+        help=f"images of a shard (default {PER_SHARD}), or videos ({VIDEOS_PER_SHARD})",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of the order in the shards, and of the split (default %(default)s)",
+    )
     parser.add_argument("--skip-bad", action="store_true", help="exit 0 although some images are bad")
     return parser
 

@@ -17,16 +17,16 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from tqdm import tqdm
 
 from flow.clips import MemberPlace, range_bytes, read_clips
-from flow.command import nearest_path
-from flow.dataset import check_classes, check_shards, read_dataset
+from flow.dataset import check_classes, check_shards, no_packed_set, read_dataset
 from flow.shard import (
     CLIP_FRAMES,
     ENTRY,
@@ -60,19 +60,17 @@ Arrays = dict[str, npt.NDArray[Any]]
 _DTYPES: dict[str, np.dtype[Any]] = {"videos": VIDEO, "names": np.dtype(np.uint8), **ENTRY}
 
 
-def scan_shards(root: Path, progress: Callable[[Path], object] | None = None) -> tuple[dict[str, Any], Arrays]:
+def scan_shards(root: Path) -> tuple[dict[str, Any], Arrays]:
     """Header and arrays of the index, read from a folder's tars. Raises ShardError for damaged or clashing ones."""
     paths = sorted(Path(root).glob("shard-*.tar"))
     if not paths:
         raise ShardError(f"{root} holds no shard-*.tar. Pack a data set there with `python -m flow.pack`.")
     videos: dict[str, tuple[int, list[ClipEntry]]] = {}
-    for number, path in enumerate(paths):
+    for number, path in enumerate(tqdm(paths, desc="reading places", unit="shard", delay=1, disable=None)):
         for video_id, clips in _videos(path):
             if video_id in videos:
                 raise ShardError(f"{video_id} stands in {paths[videos[video_id][0]].name} and again in {path.name}.")
             videos[video_id] = number, clips
-        if progress:
-            progress(path)
     if not videos:
         raise ShardError(f"The shards in {root} hold no video.")
 
@@ -160,9 +158,9 @@ def _videos(path: Path) -> Iterator[tuple[str, list[ClipEntry]]]:
         raise ShardError(f"{path.name}: {clips[0].video_id} breaks off after frame {clips[-1].first_frame}.")
 
 
-def build_index(root: Path, progress: Callable[[Path], object] | None = None) -> None:
+def build_index(root: Path) -> None:
     """Build `index.bin` from the tars of a folder, atomically."""
-    write_index(root, *scan_shards(root, progress))
+    write_index(root, *scan_shards(root))
 
 
 def write_index(root: Path, header: dict[str, Any], arrays: Arrays) -> None:
@@ -231,10 +229,7 @@ def load_set(root: Path) -> tuple[dict[str, Any], dict[str, Any], Arrays]:
     try:
         dataset = read_dataset(root)
     except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(
-            f"{root} is no packed data set: it has no dataset.json. Pack one with `python -m flow.pack`, or images "
-            f"with `python -m flow.images`; if a pack was stopped, run it again to finish.{nearest_path(root)}"
-        ) from None
+        raise ValueError(no_packed_set(root)) from None
     header, arrays = load_index(root)
     shards = [[(shard["name"], shard["bytes"]) for shard in side["shards"]] for side in (header, dataset)]
     for what, same in (

@@ -15,6 +15,7 @@ from typing import Any
 from flow.camera import MODELS, camera_metadata
 from flow.catalog import LIST_READERS, Catalog, Video, read_catalog, seeded_shards
 from flow.codec import Codec
+from flow.command import Parser
 from flow.devices import count_gpus, count_workers, prove
 from flow.extract import DEFAULT_METHOD, FLOW_METHODS, GPU_METHODS, flow_method
 from flow.flow_dirs import EXTERNAL, describe_files, pack_flow_dirs
@@ -162,64 +163,87 @@ def _summary(catalog: Catalog, totals: Totals, num_bytes: int) -> dict[str, int 
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m flow.pack",
-        description="Compute optical flow of videos and pack frames and flow into shards. Stopped, it goes on with the "
-        "same command.",
-        epilog="Exit code 1: some videos are bad (unless --skip-bad), or listed and absent (with --strict). 2: error.",
+        usage="%(prog)s (--videos DIR | --flow-dir DIR) --out DIR [options]",
+        description="Compute optical flow of videos and pack frames and flow into shards.\n"
+        "Stopped, it goes on with the same command.",
+        epilog="examples:\n"
+        "  python -m flow.pack --videos UCF-101 --splits ucfTrainTestlist --out packed\n"
+        "  python -m flow.pack --videos UCF-101 --out packed --method brox --gpus 4 --set gamma=20\n"
+        "  python -m flow.pack --flow-dir rawframes --range 20 --splits ucfTrainTestlist --out packed\n\n"
+        "exit code: 0 packed; 1 some videos are bad (but for --skip-bad), or listed and\n"
+        "  absent (with --strict); 2 nothing could be done, the message says why;\n"
+        "  130, 143 stopped",
     )
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--videos", type=Path, help="folder of class folders of videos")
+    what = parser.add_argument_group("what is packed, and where")
+    source = what.add_mutually_exclusive_group(required=True)
+    source.add_argument("--videos", type=Path, metavar="DIR", help="folder of class folders of videos")
     source.add_argument(
         "--flow-dir",
         type=Path,
+        metavar="DIR",
         help="folder of videos' folders of img_00001.jpg, flow_x_00001.jpg, ...: packs what other tools extracted as "
         "it is; needs --range PX",
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder of the packed data set")
-    parser.add_argument("--splits", type=Path, help="folder of the official list files")
-    parser.add_argument(
+    what.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the packed data set")
+    what.add_argument("--splits", type=Path, metavar="DIR", help="folder of the official list files")
+    what.add_argument(
         "--dataset",
         choices=[*LIST_READERS, "folder"],
         help="whose list files they are; folder makes a seeded 70/30 split (default: by the names of the lists)",
     )
-    parser.add_argument(
+    frames = parser.add_argument_group("frames and flow of --videos")
+    frames.add_argument(
         "--method",
         choices=list(FLOW_METHODS),
         default=DEFAULT_METHOD,
-        help="%(default)s by default: the fastest on a CPU; the README says which to choose when",
+        help="of flow; %(default)s by default: the fastest on a CPU; the README says which to choose when",
     )
-    parser.add_argument(
-        "--range",
-        default="per-field",
-        metavar="per-field|PX",
-        help="values that a component's 8 bits span: its own range (default), or a fixed +-PX such as 20",
-    )
-    parser.add_argument("--quality", type=int, default=90, help="of JPEG, 1..100 (default 90)")
-    parser.add_argument("--size", type=int, default=256, help="smaller side of the frames in px (default 256)")
-    parser.add_argument("--backward", action="store_true", help="also the fields from each frame to the one before")
-    parser.add_argument(
+    frames.add_argument(
         "--set",
         action="append",
         metavar="KEY=VALUE",
         help="a parameter of the method, such as --set gamma=20, once for each; dataset.json lists all of them",
     )
-    parser.add_argument("--camera", choices=MODELS, help="subtract the motion of the camera (default: leave it in)")
-    parser.add_argument(
-        "--gpus", type=int, help="GPUs to compute flow on; 0: the CPU (default: all, if the method can use one)"
+    frames.add_argument("--camera", choices=MODELS, help="subtract the motion of the camera (default: leave it in)")
+    frames.add_argument("--backward", action="store_true", help="also the fields from each frame to the one before")
+    frames.add_argument(
+        "--size", type=int, default=256, metavar="PX", help="smaller side of the frames in px (default %(default)s)"
     )
-    parser.add_argument("--frames-dir", type=Path, help="with --flow-dir: where the frames are, if not with the fields")
-    parser.add_argument(
+    frames.add_argument("--quality", type=int, default=90, metavar="N", help="of JPEG, 1..100 (default %(default)s)")
+    frames.add_argument(
+        "--gpus",
+        type=int,
+        metavar="N",
+        help="GPUs to compute flow on; 0: the CPU (default: all, if the method can use one)",
+    )
+    others = parser.add_argument_group("files of --flow-dir")
+    others.add_argument("--frames-dir", type=Path, metavar="DIR", help="where the frames are, if not with the fields")
+    others.add_argument(
         "--extra-field",
         choices=["first", "last"],
-        help="with --flow-dir: which field to leave out where there are as many as frames; first for TSN's dense_flow",
+        help="which field to leave out where there are as many as frames; first for TSN's dense_flow",
     )
-    parser.add_argument("--method-name", help=f"with --flow-dir: how the fields were computed (default {EXTERNAL})")
-    parser.add_argument("--workers", type=int, help="processes (default: one per core, at most 8 a GPU)")
-    parser.add_argument("--videos-per-shard", type=int, default=VIDEOS_PER_SHARD, help="default %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="of the order in the shards, and of the split by folders")
-    parser.add_argument("--skip-bad", action="store_true", help="exit 0 although some videos are bad")
-    parser.add_argument("--strict", action="store_true", help="exit 1 if listed videos are absent")
+    others.add_argument("--method-name", metavar="NAME", help=f"how the fields were computed (default {EXTERNAL})")
+    both = parser.add_argument_group("shards, and how they are made")
+    both.add_argument(
+        "--range",
+        default="per-field",
+        metavar="per-field|PX",
+        help="values that a component's 8 bits span: its own range (default), or a fixed +-PX such as 20",
+    )
+    both.add_argument("--videos-per-shard", type=int, default=VIDEOS_PER_SHARD, metavar="N", help="default %(default)s")
+    both.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of the order in the shards, and of the split by folders (default %(default)s)",
+    )
+    both.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core, at most 8 a GPU)")
+    both.add_argument("--skip-bad", action="store_true", help="exit 0 although some videos are bad")
+    both.add_argument("--strict", action="store_true", help="exit 1 if listed videos are absent")
     return parser
 
 

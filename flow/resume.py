@@ -29,6 +29,7 @@ from typing import Any, Protocol, TypeVar
 from tqdm import tqdm
 
 from flow.catalog import Item
+from flow.command import describe_error
 from flow.fragment import FragmentReport, Totals, reason
 from flow.index import build_index, load_index, video_ids
 from flow.pool import run_pool
@@ -177,7 +178,7 @@ def explain(error: Exception, out: Path) -> str:
     """What ended a pack, in one line; where the disk did, what to do."""
     remedy = _DISK_ERRORS.get(error.errno or 0) if isinstance(error, OSError) else None
     if not isinstance(error, OSError) or remedy is None:
-        return str(error)
+        return describe_error(error)
     return (
         f"{error.filename or out}: {error.strerror}. {remedy}; what is finished is safe, and the same command goes on "
         "with the shards that are left."
@@ -242,7 +243,7 @@ def write_shards(
     for number in todo:
         runs |= _cut(run, number, range(len(shards[number])), items_per_task)
     total = sum(map(len, shards))
-    with tqdm(total=total, initial=total - sum(left.values()), unit=unit, disable=None) as bar:
+    with tqdm(total=total, initial=total - sum(left.values()), desc="packing", unit=unit, disable=None) as bar:
         while runs:
             tasks = (make_task(path, shards[number][at.start : at.stop]) for path, (number, at) in runs.items())
             crashed: dict[Path, tuple[int, range]] = {}

@@ -9,7 +9,6 @@ Every damage is named, and what lies behind it in the shard is still checked. An
 the CRC-32 in the clips' JSON is of the bytes as they were packed, so that rebuilding cannot launder damage.
 """
 
-import argparse
 import hashlib
 import sys
 from collections.abc import Iterator
@@ -21,7 +20,8 @@ import numpy as np
 from tqdm import tqdm
 
 from flow.clips import MemberPlace, decode_image, read_clips, read_image
-from flow.dataset import read_dataset
+from flow.command import Parser, describe_error, nearest_path
+from flow.dataset import no_packed_set, read_dataset
 from flow.index import build_index, image_places, load_index, scan_shards, video_ids
 from flow.pool import default_num_workers, run_pool
 from flow.shard import CLIP_FRAMES, KINDS, ShardError, member_name
@@ -52,7 +52,7 @@ def verify(root: Path, deep: bool = False, num_workers: int | None = None) -> Sh
     """
     dataset = _read_dataset(root)
     if dataset is None:
-        raise ValueError(f"{root} holds no dataset.json: no packed data set, or one that is not complete.")
+        raise ValueError(no_packed_set(root))
     tasks = [ShardTask(root, shard["name"], shard["bytes"], shard["sha256"], deep) for shard in dataset["shards"]]
     report = _verify_shards(tasks, num_workers)
     known = {task.name for task in tasks}
@@ -68,7 +68,7 @@ def rebuild_index(root: Path, num_workers: int | None = None) -> ShardReport:
     shards = {shard["name"]: shard for shard in (_read_dataset(root) or {"shards": []})["shards"]}
     names = sorted({path.name for path in root.glob("shard-*.tar")} | set(shards))
     if not names:
-        raise ValueError(f"{root} holds no shard-*.tar: no packed data set.")
+        raise ValueError(f"{root} holds no shard-*.tar: no packed data set.{nearest_path(root)}")
     entries = [shards.get(name, {"bytes": None, "sha256": None}) for name in names]
     tasks = [
         ShardTask(root, name, entry["bytes"], entry["sha256"], deep=False)
@@ -90,7 +90,7 @@ def _read_dataset(root: Path) -> dict[str, Any] | None:
 def _verify_shards(tasks: list[ShardTask], num_workers: int | None) -> ShardReport:
     total = ShardReport()
     reports: dict[str, ShardReport] = {}
-    with tqdm(total=len(tasks), unit="shard", disable=None) as bar:
+    with tqdm(total=len(tasks), desc="checking", unit="shard", disable=None) as bar:
         for task, report in run_pool(verify_shard, tasks, num_workers or default_num_workers()):
             reports[task.name] = report or ShardReport(damages=[f"{task.name}: ends the process that reads it."])
             bar.update()
@@ -197,13 +197,18 @@ def _verify_index(root: Path, dataset: dict[str, Any]) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m flow.verify", description="Check a packed data set.", epilog="Exit code 1: damaged. 2: error."
+    parser = Parser(
+        prog="python -m flow.verify",
+        description="Check every byte of a packed data set, and name what is damaged.",
+        epilog="examples:\n"
+        "  python -m flow.verify packed --deep\n"
+        "  python -m flow.verify packed --rebuild-index\n\n"
+        "exit code: 0 sound; 1 damaged; 2 there is nothing to check, the message says why",
     )
     parser.add_argument("root", type=Path, metavar="DIR", help="folder of a packed data set")
     parser.add_argument("--deep", action="store_true", help="decode every image too")
     parser.add_argument("--rebuild-index", action="store_true", help="build the index again from the tars alone")
-    parser.add_argument("--workers", type=int, help="processes (default: one per core)")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
     options = parser.parse_args(argv)
     try:
         if options.rebuild_index:
@@ -211,7 +216,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             report = verify(options.root, options.deep, options.workers)
     except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {describe_error(error)}", file=sys.stderr)
         return 2
     for line in report.damages:
         print(line)

@@ -1,6 +1,7 @@
 """A packed data set, opened: videos, labels, splits, and where every member lies. Memory mapped, shared, read-only."""
 
 import hashlib
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flow.codec import Codec
+from flow.command import MAX_COMPARED, did_you_mean
 from flow.index import Arrays, decode_names, load_set
 from flow.shard import ShardError
 from flow.untrusted import MAX_LIST_BYTES, read_bounded
@@ -78,10 +80,10 @@ class Index:
 
     def rows(self, video_ids: Iterable[str]) -> Ints:
         """Rows of the given videos, in that order. Raises ValueError for a video that is not there."""
-        return self._rows_of("".join(f"{video_id}\n" for video_id in video_ids).encode())
+        return self._rows_of("".join(f"{video_id}\n" for video_id in video_ids).encode(), "")
 
-    def _rows_of(self, lines: bytes) -> Ints:
-        """Rows of the videos whose ids stand in UTF-8 lines.
+    def _rows_of(self, lines: bytes, file: str) -> Ints:
+        """Rows of the videos whose ids stand in UTF-8 lines, of a file if it has a name.
 
         Found by sorted hashes, all in numpy, and forgotten: a dict of a million ids would take seconds and 200 MB in
         every process.
@@ -101,7 +103,11 @@ class Index:
             found = [row for row in order[alike].tolist() if ids.name(row) == name]
             if not found:
                 shown = name[:200].decode("utf-8", "replace")
-                raise ValueError(f"{self.root} holds no video {shown!r}. Check the split file, or pack the set again.")
+                if file:
+                    remedy = f", which {file} lists. Correct the list, or pack the set again."
+                else:
+                    remedy = f".{_nearest_video(name, ids) or ' Lists in splits/ name those that it holds.'}"
+                raise ValueError(f"{self.root} holds no video {shown!r}{remedy}")
             rows[i] = found[0]
         return rows
 
@@ -117,9 +123,11 @@ class Index:
         if name == "all":
             return np.arange(self.num_videos)
         if name not in self.splits():
-            raise ValueError(f"{self.root} has no list {name!r}; it has {', '.join(self.splits()) or 'none'}.")
-        lines = read_bounded(self.root / "splits" / f"{name}.txt", MAX_LIST_BYTES)
-        return self._rows_of(lines if lines.endswith(b"\n") else lines + b"\n" * bool(lines))
+            near = did_you_mean(name, [*self.splits(), "all"])
+            raise ValueError(f"{self.root} has no list {name!r}; it has {', '.join(self.splits()) or 'none'}.{near}")
+        path = self.root / "splits" / f"{name}.txt"
+        lines = read_bounded(path, MAX_LIST_BYTES)
+        return self._rows_of(lines if lines.endswith(b"\n") else lines + b"\n" * bool(lines), f"splits/{path.name}")
 
 
 @dataclass(frozen=True)
@@ -159,6 +167,15 @@ class _Names:
         starts = np.cumsum(size) - size
         within = np.arange(size.sum()) - np.repeat(starts, size)
         return within + np.repeat(self.at[numbers], size), starts, within
+
+
+def _nearest_video(name: bytes, ids: _Names) -> str:
+    """The id most like one that is not there, as a question; "" if none is. ids: in order; of millions of them those
+    are compared between which it would stand."""
+    at = bisect_left(range(len(ids.at)), name, key=ids.name)
+    first = max(0, at - MAX_COMPARED // 2)
+    around = range(first, min(first + MAX_COMPARED, len(ids.at)))
+    return did_you_mean(name.decode("utf-8", "replace"), (ids.name(i).decode("utf-8", "replace") for i in around))
 
 
 def _chunks(count: int) -> Iterator[slice]:

@@ -85,9 +85,14 @@ def test_how_a_run_is_made_is_no_difference():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.sed=1", "unknown config key 'train.sed'; the nearest known key is 'train.seed'"),
-        ("dropout=1", "unknown config key 'dropout'; the nearest known key is '.*dropout'"),
-        ("train=1", "unknown config key 'train'; the nearest"),
+        ("train.sed=1", "unknown config key 'train.sed'. Did you mean 'train.seed'"),
+        ("dropout=1", "unknown config key 'dropout'. Did you mean 'spatial.dropout' or 'temporal.dropout'"),
+        ("train=1", "unknown config key 'train'. A key is section.name, such as train.streams"),
+        ("steps=3", "unknown config key 'steps'. Did you mean 'spatial.steps' or 'temporal.steps'"),
+        ("train.steps=3", "unknown config key 'train.steps'. Did you mean 'spatial.steps' or 'temporal.steps'"),
+        ("stepss=3", "unknown config key 'stepss'. Did you mean 'spatial.steps' or 'temporal.steps'"),
+        ("Temporl.step=3", "unknown config key 'Temporl.step'. Did you mean 'temporal.steps'"),
+        ("zzz=3", "unknown config key 'zzz'. A key is section.name; sections are data, model, spatial, temporal"),
         ("train.seed", "'train.seed' is not of the form key=value"),
         ("train.seed=abc", "train.seed='abc' is of type str; expected int"),
         ("train.seed=1.5", "train.seed=1.5 is of type float; expected int"),
@@ -98,7 +103,7 @@ def test_how_a_run_is_made_is_no_difference():
         ("temporal.milestones=5", r"temporal.milestones=5 is of type int; expected list\[int\]"),
         ("temporal.milestones=[7, x]", "temporal.milestones='x' is of type str; expected int"),
         ("data.loader=torch", "data.loader='torch' must be one of dali, reference"),
-        ("train.streams=[spatail]", "train.streams='spatail' must be one of spatial, temporal"),
+        ("train.streams=[spatail]", "train.streams='spatail' must be one of spatial, temporal. Did you mean 'spatial'"),
         ("train.streams=[spatial, spatial]", "train.streams=.* each once"),
         ("data.size=34.5", "data.size='34.5': auto, the stored size, or the smaller side"),
         ("temporal.dropout=1", "dropout=1.0 is not a ratio"),
@@ -120,7 +125,7 @@ def test_bad_overrides_are_named(override, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("trian:\n  seed: 1\n", "unknown config key 'trian.seed'; the nearest known key is 'train.seed'"),
+        ("trian:\n  seed: 1\n", "unknown config key 'trian.seed'. Did you mean 'train.seed'"),
         ("- 1\n", "must hold sections"),
         ("a: [\n", "mine.yaml is not YAML"),
     ],
@@ -131,7 +136,7 @@ def test_bad_files_are_named(tmp_path, text, message):
 
 
 def test_unknown_configs_are_named():
-    with pytest.raises(ValueError, match="unknown config 'dmo'; the nearest is 'demo'; known: .*hmdb51, .*ucf101_mini"):
+    with pytest.raises(ValueError, match="unknown config 'dmo'; known: .*hmdb51, .*ucf101_mini.* Did you mean 'demo'"):
         resolve_config("dmo")
     with pytest.raises(ValueError, match="config file 'none.yaml' does not exist"):
         resolve_config("none.yaml")

@@ -69,7 +69,7 @@ def test_metadata_say_method_parameters_and_library(name):
 
 def test_wrong_input_is_refused():
     with pytest.raises(
-        ValueError, match="method 'broxx' is unknown; there are farneback, dis, tvl1, deepflow, brox, nvof"
+        ValueError, match="method 'broxx' is unknown; there are farneback, dis, .*, nvof. Did you mean 'brox'"
     ):
         flow_method("broxx")
     grey = np.zeros((32, 32), np.uint8)
@@ -97,7 +97,7 @@ def test_a_parameter_can_be_set_and_is_recorded(name, parameters):
 @pytest.mark.parametrize(
     "name, parameters, message",
     [
-        ("brox", {"alhpa": 0.2}, "brox has no parameter 'alhpa'; did you mean alpha"),
+        ("brox", {"alhpa": 0.2}, "brox has no parameter 'alhpa'; .* Did you mean 'alpha'"),
         ("brox", {"inner_iterations": 2.5}, "brox: inner_iterations=2.5 is no int; the default is 5"),
         ("farneback", {"winsize": "wide"}, "farneback: winsize='wide' is no int"),
         ("dis", {"preset": "fast"}, "dis has no parameter 'preset'"),

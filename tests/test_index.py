@@ -1,5 +1,7 @@
 """Opened sets: ids and rows."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -22,10 +24,36 @@ def test_rows_and_ids_are_inverse_in_any_order_and_with_repeats(index):
     assert index.rows([]).tolist() == []
 
 
-@pytest.mark.parametrize("missing", ["run/lon", "run/longer", "walk/tall ", "", "rün/long"])
-def test_a_video_that_is_not_there_is_named(index, missing):
-    with pytest.raises(ValueError, match=f"holds no video '{missing}'. Check the split file"):
+@pytest.mark.parametrize(
+    "missing, near",
+    [("run/lon", "run/long"), ("run/longer", "run/long"), ("Walk/tall ", "walk/tall"), ("rün/long", "run/long")],
+)
+def test_a_video_that_is_not_there_is_named_with_the_nearest(index, missing, near):
+    with pytest.raises(ValueError, match=f"holds no video '{missing}'. Did you mean '{near}'"):
         index.rows(["run/long", missing])
+
+
+@pytest.mark.parametrize("missing", ["", "xyz", "\U0001f600"])
+def test_a_video_that_is_like_none_is_named_alone(index, missing):
+    with pytest.raises(ValueError, match=f"holds no video '{missing}'. Lists in splits/ name those that it holds"):
+        index.rows(["run/long", missing])
+
+
+def test_of_a_large_set_the_videos_around_are_compared(index, monkeypatch):
+    """Two of six: those between which the wrong id would stand, so that a typing error late in it is found."""
+    monkeypatch.setattr(index_module, "MAX_COMPARED", 2)
+    for video_id in VIDEOS:
+        with pytest.raises(ValueError, match=f"Did you mean '{re.escape(video_id)}'"):
+            index.rows([f"{video_id}x"])
+
+
+def test_a_list_that_is_not_there_is_named_with_the_nearest(index):
+    with pytest.raises(
+        ValueError, match="no list 'split1_tets'; it has split1_test, split1_train. Did you mean 'split1_te"
+    ):
+        index.split("split1_tets")
+    with pytest.raises(ValueError, match="no list 'al'; .*Did you mean 'all'"):
+        index.split("al")
 
 
 @pytest.mark.parametrize("end, ids", [("\n", 2), ("", 2), ("\nsit", None), ("", 0)])
@@ -35,7 +63,7 @@ def test_a_list_cut_off_loses_nobody(index, tmp_path, end, ids):
     (tmp_path / "splits").mkdir()
     (tmp_path / "splits/mine.txt").write_text("run/long\nwalk/wide" + end if ids != 0 else "")
     if ids is None:
-        with pytest.raises(ValueError, match="holds no video 'sit'"):
+        with pytest.raises(ValueError, match="holds no video 'sit', which splits/mine.txt lists. Correct the list"):
             index.split("mine")
     else:
         assert index.video_ids(index.split("mine")) == ["run/long", "walk/wide"][:ids]

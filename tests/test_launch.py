@@ -92,7 +92,7 @@ def test_starting_over_deletes_the_old_run_and_nothing_else(packed, tmp_path):
         (["--max-restarts", "-1"], "--max-restarts -1 must be at least 0"),
         (["--procs", "3"], "train.batch_size=8 cannot be split evenly over 3 processes"),
         (["data.stacks_per_window=3"], "batch of 8 cannot be shared evenly by 1 processes, in windows of 3 stacks"),
-        (["train.sed=1"], "nearest known key is 'train.seed'"),
+        (["train.sed=1"], "unknown config key 'train.sed'. Did you mean 'train.seed'"),
         (["data.root=/nowhere"], "/nowhere is no packed data set"),
         (["--config", "dmo"], "unknown config 'dmo'"),
         (["data.split=split9"], "has no list 'split9_train'; it has split1_test, split1_train"),

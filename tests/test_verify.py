@@ -118,7 +118,7 @@ def test_rebuilding_does_not_launder_damage(copy, capsys):
 
 
 def test_what_is_no_packed_set_is_an_error(tmp_path, capsys):
-    assert verify.main([str(tmp_path)]) == 2 and "holds no dataset.json" in capsys.readouterr().err
+    assert verify.main([str(tmp_path)]) == 2 and "it has no dataset.json" in capsys.readouterr().err
     assert verify.main([str(tmp_path), "--rebuild-index"]) == 2 and "no shard-" in capsys.readouterr().err
     (tmp_path / "dataset.json").write_text("{")
     assert verify.main([str(tmp_path)]) == 2 and "is damaged" in capsys.readouterr().err

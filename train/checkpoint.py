@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from flow.command import nearest_path
 from flow.shard import publish
 from flow.untrusted import open_regular, printable
 from train.config import STREAMS
@@ -86,7 +87,7 @@ def load_checkpoint(path: Path, *, dataset: str | None = None) -> Checkpoint:
     the file is of another version or belongs to another data set.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}: train this stream first.")
+        raise FileNotFoundError(f"no checkpoint at {path}: train this stream first.{nearest_path(path.parent)}")
     try:
         _check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)

@@ -8,7 +8,6 @@ Only this module reads or writes YAML. A run folder keeps the resolved config, s
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import types
 from collections.abc import Collection, Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from flow.command import did_you_mean, nearest, nearest_path
 from flow.shard import write_bytes
 from flow.untrusted import read_bounded
 
@@ -305,8 +305,23 @@ def resolve_config(name_or_file: str | Path, overrides: Sequence[str] = ()) -> C
 
 
 def read_config(path: Path) -> Config:
-    """The resolved config that `write_config` stored. Raises ValueError as `resolve_config` does."""
-    return from_flat(_flatten(_read_yaml(path)))
+    """The resolved config that `write_config` stored in a run folder.
+
+    Raises FileNotFoundError if there is none, ValueError as `resolve_config` does.
+    """
+    try:
+        return from_flat(_flatten(_read_yaml(path)))
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(f"{path.parent} is no run folder: no {path.name}.{_nearest_run(path)}") from None
+
+
+def _nearest_run(path: Path) -> str:
+    """Which run may be meant by the folder of a config that is not there."""
+    if near := nearest_path(path.parent):
+        return near
+    inner = sorted(path.parent.glob(f"*/{path.name}"))
+    around = [config.parent for config in (path.parent.parent / path.name, *inner) if config.exists()]
+    return f" Did you mean {str(around[0])!r}?" if around else " Give a run folder of `python -m train.launch`."
 
 
 def write_config(config: Config, path: Path) -> None:
@@ -326,11 +341,26 @@ def from_flat(flat: Mapping[str, Any]) -> Config:
     values: dict[str, dict[str, Any]] = {name: {} for name in sections}
     for key, value in flat.items():
         if key not in known:
-            nearest = difflib.get_close_matches(key[:100], known, n=1, cutoff=0.0)[0]
-            raise ValueError(f"unknown config key {key!r:.200}; the nearest known key is {nearest!r}.")
+            raise ValueError(f"unknown config key {key!r:.200}.{_nearest_keys(key, list(known))}")
         section, name = key.split(".")
         values[section][name] = _bounded(key, _coerce(key, value, known[key]))
     return Config(**{name: sections[name](**values[name]) for name in sections})
+
+
+def _nearest_keys(key: str, known: Sequence[str]) -> str:
+    """The keys that an unknown one may mean: those of its name, if it has no section or that of others; or the nearest.
+
+    steps, train.steps -> spatial.steps or temporal.steps
+    tempral.step       -> temporal.steps
+    """
+    names, sections = ([key.split(".")[i] for key in known] for i in (1, 0))
+    section, dot, name = key.rpartition(".")
+    meant = name if name in names else None if dot else nearest(name, names)
+    if key in sections:
+        return f" A key is section.name, such as {next(k for k in known if k.startswith(f'{key}.'))}."
+    if meant and (not dot or section in sections):
+        return f" Did you mean {' or '.join(repr(k) for k in known if k.endswith(f'.{meant}'))}?"
+    return did_you_mean(key, known) or f" A key is section.name; sections are {', '.join(dict.fromkeys(sections))}."
 
 
 def differing_keys(stored: Config, asked: Config) -> list[str]:
@@ -353,19 +383,21 @@ def short_hash(config: Config, ignored: Collection[str] = ()) -> str:
     return hashlib.sha256(repr(own).encode()).hexdigest()[:8]
 
 
+def config_names() -> list[str]:
+    """Names of the configs in train/configs."""
+    return sorted(path.stem for path in CONFIG_FOLDER.glob("*.yaml"))
+
+
 def _find_config(name_or_file: str | Path) -> Path:
     if Path(name_or_file).suffix in (".yaml", ".yml"):
         path = Path(name_or_file)
-        _require(path.is_file(), f"config file {str(path)!r} does not exist.")
+        _require(path.is_file(), f"config file {str(path)!r} does not exist.{nearest_path(path)}")
         return path
     path = CONFIG_FOLDER / f"{name_or_file}.yaml"
-    names = sorted(known.stem for known in CONFIG_FOLDER.glob("*.yaml"))
-    nearest = difflib.get_close_matches(str(name_or_file), names, n=1, cutoff=0.0)[0]
-    _require(
-        path.is_file(),
-        f"unknown config {name_or_file!r}; the nearest is {nearest!r}; known: {', '.join(names)}, or a path to a "
-        ".yaml file.",
-    )
+    names = config_names()
+    if not path.is_file():
+        known = f"{', '.join(names)}, or a path to a .yaml file"
+        raise ValueError(f"unknown config {name_or_file!r}; known: {known}.{did_you_mean(str(name_or_file), names)}")
     return path
 
 
@@ -416,7 +448,8 @@ def _coerce(key: str, value: Any, hint: Any) -> Any:
     elif get_origin(hint) is Literal:
         if value in get_args(hint):
             return value
-        raise ValueError(f"{key}={value!r:.200} must be one of {', '.join(map(str, get_args(hint)))}.")
+        near = did_you_mean(str(value), get_args(hint))
+        raise ValueError(f"{key}={value!r:.200} must be one of {', '.join(get_args(hint))}.{near}")
     elif get_origin(hint) in (Union, types.UnionType):  # only X | None here
         return None if value is None else _coerce(key, value, get_args(hint)[0])
     elif hint is float:

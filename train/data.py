@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from flow.command import nearest_path
 from flow.untrusted import read_json
 from train.plan import MINI_SIZE_PX, Run, Setting, locate, run_config, stream_of
 
@@ -37,7 +38,8 @@ def check_data(runs: Iterable[Run], setting: Setting) -> None:
         name = Path(root).parts[-2] if len(Path(root).parts) > 1 else root
         if not (path / "dataset.json").exists():
             how = f" with --out {path}: {PACKING[name]}" if name in PACKING else " with flow.pack"
-            raise ValueError(f"{path} is no packed data set. Pack it{how}; or name the folder of all sets by --data.")
+            what = f"Pack it{how}; or name the folder of all sets by --data."
+            raise ValueError(f"{path} is no packed data set. {what}{nearest_path(setting.data)}")
         try:
             classes[name] = {row["name"] for row in read_json(path / "dataset.json")["classes"]}
         except (ValueError, KeyError, TypeError) as error:

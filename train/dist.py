@@ -122,23 +122,34 @@ class Machines:
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
         """Add --gpus, --procs, --nodes, --max-restarts and the rendezvous options."""
-        parser.add_argument("--gpus", type=int, default=0, help="GPUs of this machine to use; 0 (default): the CPU")
-        parser.add_argument("--procs", type=int, help="processes on this machine; default 1 per GPU, 1 on the CPU")
         parser.add_argument(
-            "--nodes",
-            type=int,
-            default=1,
-            help="machines; run the same command on each, with one --run folder that all see",
+            "--gpus", type=int, default=0, metavar="N", help="GPUs of this machine to use; 0 (default): the CPU"
+        )
+        parser.add_argument(
+            "--procs", type=int, metavar="N", help="processes on this machine (default: 1 per GPU, 1 on the CPU)"
         )
         parser.add_argument(
             "--max-restarts",
             type=int,
             default=0,
-            help="times to go on from the last checkpoint when a process fails or is killed; default 0",
+            metavar="N",
+            help="times to go on from the last checkpoint when a process fails or is killed (default %(default)s)",
         )
-        parser.add_argument("--rdzv-endpoint", default="", help="host:port of one of the machines")
-        parser.add_argument("--rdzv-id", default="twostream", help="name of the job, the same on every machine")
-        parser.add_argument("--rdzv-backend", default="c10d", help="rendezvous of torch's elastic launcher")
+        several = parser.add_argument_group("several machines")
+        several.add_argument(
+            "--nodes",
+            type=int,
+            default=1,
+            metavar="N",
+            help="machines; run the same command on each, with one run folder that all see (default %(default)s)",
+        )
+        several.add_argument("--rdzv-endpoint", default="", metavar="HOST:PORT", help="of one of the machines")
+        several.add_argument(
+            "--rdzv-id", default="twostream", metavar="NAME", help="of the job, the same on every machine"
+        )
+        several.add_argument(
+            "--rdzv-backend", default="c10d", metavar="NAME", help="rendezvous of torch's elastic launcher"
+        )
 
     @staticmethod
     def from_arguments(options: argparse.Namespace) -> Machines:

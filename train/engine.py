@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from flow.command import nearest_path
 from loaders.batch import Batch
 from loaders.draw import check_batch_size
 from loaders.index import Index
@@ -83,7 +84,8 @@ def check_stream(config: Config, stream: str, index: Index, world_size: int, fol
     init = config.stream(stream).init
     if init and not (folder and checkpoint_files(folder / CHECKPOINT)):
         if not Path(init).is_file():
-            raise FileNotFoundError(f"init={init}: no such checkpoint. Run the config that makes it, or name another.")
+            what = "no such checkpoint. Run the config that makes it, or name another."
+            raise FileNotFoundError(f"init={init}: {what}{nearest_path(init)}")
         checkpoint = load_checkpoint(Path(init))
         check_init(build_net(config, stream, sum(tasks.num_outputs), torch.device("meta")), checkpoint, init)
         _check_trained_on(checkpoint, tasks)

@@ -7,7 +7,6 @@ scores only fit the SVM, gets `eval.num_taus_train`.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import logging
 import sys
@@ -20,6 +19,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from flow.command import Parser, describe_error
 from loaders.batch import Batch
 from loaders.draw import Draw
 from loaders.index import Index, open_index
@@ -197,8 +197,14 @@ def _is_scored(path: Path, checkpoint_digest: str, num_taus: int) -> bool:
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line: score the streams that a run folder has checkpoints of."""
-    parser = argparse.ArgumentParser(prog="python -m train.evaluate", description="Score a run's videos again.")
-    parser.add_argument("run", type=Path, help="run folder of train.launch")
+    parser = Parser(
+        prog="python -m train.evaluate",
+        description="Score the videos of a run's split again with its checkpoints.",
+        epilog="example:\n"
+        "  python -m train.evaluate runs/ucf101 --gpus 4\n\n"
+        "exit code: 0 scored; 1 failed, the last line says why",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder of train.launch")
     parser.add_argument("--force", action="store_true", help="score again what this checkpoint has scored already")
     Machines.add_arguments(parser)
     options = parser.parse_args(arguments)
@@ -210,11 +216,11 @@ def main(arguments: list[str] | None = None) -> None:
         for stream in config.train.streams:
             open_tasks(config, stream, index)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {describe_error(error)}")
     try:
         launch(machines, _evaluate, config, options.run, options.force, timeout_s=config.train.timeout_s)
     except (ValueError, OSError, ProcessFailedError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {describe_error(error)}")
 
 
 def _evaluate(world: World, config: Config, run: Path, force: bool) -> None:

@@ -20,6 +20,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
+from flow.command import Parser, describe_error, say
 from flow.page import plural
 from flow.resume import hold
 from train.data import check_data
@@ -96,6 +99,7 @@ def run_needed(
     """
     failed: dict[Run | Fused, str] = {}
     pending = list(needed)
+    bar = tqdm(total=len(pending), desc="runs", unit="run", disable=None)
     while pending:
         for run in pending:
             first = beginning(run, setting)
@@ -108,11 +112,13 @@ def run_needed(
             elif reason:
                 failed[run] = reason
             pending.remove(run)
-            print(f"{run}: {failed.get(run, 'done')}; {plural(len(pending), 'run')} to go", flush=True)
+            say(f"{run}: {failed.get(run, 'done')}; {plural(len(pending), 'run')} to go")
+            bar.update()
             break
         else:
             time.sleep(WAIT_S)
         failed |= fuse_finished([fusion for fusion in fused if fusion not in failed], setting, results)
+    bar.close()
     return failed
 
 
@@ -260,21 +266,44 @@ def report(options: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m train.experiments", description="The experiments of the paper.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    lister = commands.add_parser("list", help="every row of the tables, the paper's value and ours")
+    parser = Parser(
+        prog="python -m train.experiments",
+        description="The experiments of the paper: list them, run what is not done yet, report.",
+        epilog="examples:\n"
+        "  python -m train.experiments list\n"
+        "  python -m train.experiments run table1b table3 --scale full --gpus 4\n"
+        "  python -m train.experiments run --help\n\n"
+        "exit code: 0 done; 1 failed, the last lines say why; 130, 143 stopped",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    about = {
+        "list": "every row of the tables, the paper's value and ours",
+        "run": "run what is not done yet",
+        "report": "all tables beside the paper's, as Markdown and HTML",
+    }
+    lister, runner, reporter = (
+        commands.add_parser(name, help=text, description=text.capitalize() + ".") for name, text in about.items()
+    )
     lister.set_defaults(do=lambda options: print(list_rows(read_books(options.results))))
-    runner = commands.add_parser("run", help="run what is not done yet")
     runner.set_defaults(do=run)
     runner.add_argument("names", nargs="+", metavar="NAME", help="table1a, table1b, ..., all, or a config")
-    runner.add_argument("--gpus", type=int, default=0, help="GPUs of this machine to use; 0 (default): the CPU")
-    runner.add_argument("--seeds", type=int, default=1, help="runs of each row on each split, seeds 0, 1, ...")
-    runner.add_argument("--splits", type=int, nargs="+", help="default: the tables' at full scale, 1 2 3 at mini scale")
-    runner.add_argument("--results", type=Path, help="results file; default docs/experiments/results_SCALE.json")
+    runner.add_argument(
+        "--gpus", type=int, default=0, metavar="N", help="GPUs of this machine to use; 0 (default): the CPU"
+    )
+    runner.add_argument(
+        "--seeds", type=int, default=1, metavar="N", help="runs of each row on each split: seeds 0, 1, ... (default 1)"
+    )
+    runner.add_argument(
+        "--splits", type=int, nargs="+", metavar="N", help="default: the tables' at full scale, 1 2 3 at mini scale"
+    )
+    runner.add_argument(
+        "--results", type=Path, metavar="FILE", help="results file (default docs/experiments/results_SCALE.json)"
+    )
     runner.add_argument("--set", nargs="+", default=[], metavar="key=value", help="on top of every config, to try out")
-    reporter = commands.add_parser("report", help="all tables beside the paper's, as Markdown and HTML")
     reporter.set_defaults(do=report)
-    reporter.add_argument("--out", type=Path, default=RESULTS, help="folder of the report (default docs/experiments)")
+    reporter.add_argument(
+        "--out", type=Path, default=RESULTS, metavar="DIR", help="folder of the report (default docs/experiments)"
+    )
     reporter.add_argument(
         "--clip",
         nargs=2,
@@ -282,17 +311,31 @@ def main(arguments: list[str] | None = None) -> None:
         help="what figures 2 and 3 show, where frames may not be published",
     )
     for command in (lister, reporter):
-        command.add_argument("--results", type=Path, nargs="+", help="default: docs/experiments/results_*.json")
-    for command, help_scale in ((runner, "of the runs"), (reporter, "of the runs that figures are drawn of")):
-        command.add_argument("--scale", choices=("mini", "full"), default="mini", help=f"{help_scale} (default mini)")
-        command.add_argument("--data", type=Path, default=Setting.data, help="folder of the packed data sets")
-        command.add_argument("--runs", type=Path, default=Setting.runs, help="folder of the run folders")
+        command.add_argument(
+            "--results",
+            type=Path,
+            nargs="+",
+            metavar="FILE",
+            help="results files (default docs/experiments/results_*.json)",
+        )
+    for command, whose in ((runner, "of the runs"), (reporter, "of the runs that figures are drawn of")):
+        command.add_argument("--scale", choices=("mini", "full"), default="mini", help=f"{whose} (default %(default)s)")
+        command.add_argument(
+            "--data",
+            type=Path,
+            default=Setting.data,
+            metavar="DIR",
+            help="folder of the packed data sets (default %(default)s)",
+        )
+        command.add_argument(
+            "--runs", type=Path, default=Setting.runs, metavar="DIR", help="folder of the runs (default %(default)s)"
+        )
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: ends the run in work too
     try:
         options.do(options)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {describe_error(error)}")
 
 
 if __name__ == "__main__":

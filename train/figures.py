@@ -9,7 +9,6 @@ recall RUN              Fig. 6: recall of each class
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flow.canvas import DPI, new_figure, save_png
+from flow.command import Parser, describe_error, did_you_mean, nearest_path
 from flow.untrusted import read_json
 from train.config import STREAMS
 from train.flow_figures import draw_flow, draw_stacking
@@ -62,9 +62,13 @@ def sorted_recalls(confusion: Ints, classes: Sequence[str]) -> list[tuple[str, f
 def read_confusion(results: Path, method: str) -> tuple[Ints, list[str], str]:
     """Confusion matrix (K, K), classes and a caption from a run folder or its results.json.
 
-    Raises ValueError if there is no such method; with one stream alone "average" is that stream's.
+    Raises FileNotFoundError if there are no results, ValueError if there is no such method; with one stream alone
+    "average" is that stream's.
     """
     path = results / "results.json" if results.is_dir() else results
+    if not path.exists():
+        what = "run `python -m train.fuse RUN` on its run first."
+        raise FileNotFoundError(f"no results at {path}: {what}{nearest_path(results)}")
     try:
         content = read_json(path, _MAX_RESULTS_BYTES)
         methods = dict(content["methods"])
@@ -78,7 +82,8 @@ def read_confusion(results: Path, method: str) -> tuple[Ints, list[str], str]:
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path} is no results.json ({error!r:.200}); write it with `python -m train.fuse`.") from None
     if found is None:
-        raise ValueError(f"{path} has no method {method!r}; it has {', '.join(methods)}.")
+        near = did_you_mean(method, methods)
+        raise ValueError(f"{path} has no method {method!r}; it has {', '.join(methods)}.{near}")
     return confusion, classes, caption
 
 
@@ -177,29 +182,49 @@ def draw_recall(results: Path, path: Path, *, method: str = "average") -> Path:
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line: draw one figure."""
-    parser = argparse.ArgumentParser(prog="python -m train.figures", description="Draw a figure of the paper.")
+    parser = Parser(
+        prog="python -m train.figures",
+        description="Draw a figure of the paper from packed data or a run, as PNG.",
+        epilog="examples:\n"
+        "  python -m train.figures flow packed Archery/v_Archery_g01_c01\n"
+        "  python -m train.figures confusion runs/ucf101 --out confusion.png\n"
+        "  python -m train.figures flow --help\n\n"
+        "exit code: 0 drawn; 1 failed, the last line says why",
+    )
     figures = parser.add_subparsers(dest="figure", required=True, metavar="NAME")
 
-    def add(name: str, text: str) -> argparse.ArgumentParser:
-        figure = figures.add_parser(name, help=text, description=text)
-        figure.add_argument("--out", type=Path, default=Path(f"{name}.png"), help="default: %(default)s")
+    def add(name: str, text: str) -> Parser:
+        figure: Parser = figures.add_parser(name, help=text, description=f"Draw {text}.")
+        figure.add_argument(
+            "--out", type=Path, default=Path(f"{name}.png"), metavar="FILE", help="a .png (default %(default)s)"
+        )
         return figure
 
     for name, text in (("flow", "Fig. 2: flow of two frames"), ("stacking", "Fig. 3: flow and trajectory stacking")):
         figure = add(name, text)
-        figure.add_argument("data", type=Path, help="folder of a packed data set")
-        figure.add_argument("video", help="id of a video in it, such as Archery/v_Archery_g01_c01")
-    figures.choices["flow"].add_argument("--frame", type=int, help="the first of the two; default: the middle one")
-    figures.choices["flow"].add_argument("--box", type=int, nargs=4, metavar=("X", "Y", "W", "H"), help="area, in px")
-    figures.choices["stacking"].add_argument("--tau", type=int, help="first frame; default: the middle stack")
-    figures.choices["stacking"].add_argument("--L", type=int, default=10, help="fields; default: 10")
+        figure.add_argument("data", type=Path, metavar="DATA", help="folder of a packed data set")
+        figure.add_argument("video", metavar="VIDEO", help="id of a video in it, such as Archery/v_Archery_g01_c01")
+    figures.choices["flow"].add_argument(
+        "--frame", type=int, metavar="T", help="the first of the two (default: the middle one)"
+    )
+    figures.choices["flow"].add_argument(
+        "--box", type=int, nargs=4, metavar=("X", "Y", "W", "H"), help="area, in px (default: that with most motion)"
+    )
+    figures.choices["stacking"].add_argument(
+        "--tau", type=int, metavar="T", help="first frame (default: of the middle stack)"
+    )
+    figures.choices["stacking"].add_argument(
+        "--L", type=int, default=10, metavar="N", help="fields (default %(default)s)"
+    )
     figure = add("filters", "Fig. 4: first-layer filters")
-    figure.add_argument("run", type=Path, help="run folder")
-    figure.add_argument("--stream", choices=STREAMS, default="temporal", help="default: temporal")
+    figure.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    figure.add_argument("--stream", choices=STREAMS, default="temporal", help="default: %(default)s")
     for name, text in (("confusion", "Fig. 5: confusion matrix"), ("recall", "Fig. 6: recall of each class")):
         figure = add(name, text)
-        figure.add_argument("results", type=Path, help="run folder, or a results.json")
-        figure.add_argument("--method", default="average", help="spatial, temporal, average, svm; default: average")
+        figure.add_argument("results", type=Path, metavar="RUN", help="run folder, or a results.json")
+        figure.add_argument(
+            "--method", default="average", metavar="NAME", help="spatial, temporal, average, svm (default %(default)s)"
+        )
     options = vars(parser.parse_args(arguments))
     draw: dict[str, Callable[..., Path]] = {
         "flow": draw_flow,
@@ -211,7 +236,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         print(f"drew {draw[options.pop('figure')](path=options.pop('out'), **options)}")
     except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {describe_error(error)}")
 
 
 if __name__ == "__main__":

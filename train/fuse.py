@@ -11,7 +11,6 @@ nets fit their training set perfectly the SVM has nothing to learn.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import math
 import re
@@ -24,7 +23,9 @@ import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import GroupKFold
 from sklearn.svm import LinearSVC
+from tqdm import tqdm
 
+from flow.command import Parser, describe_error, nearest_path
 from train.config import STREAMS, FuseConfig, read_config
 from train.results import Floats, Ints, Results, Source, report, write_results
 from train.scores import Scores, check_aligned, read_scores, score_file
@@ -81,12 +82,15 @@ def choose_C(
         raise ValueError("all training videos come from one source; cross-validation of the SVM needs at least two.")
     folds = list(GroupKFold(num_folds, shuffle=True, random_state=0).split(features, labels, groups))
     accuracy: dict[float, float] = {}
+    fits = tqdm(total=len(config.C) * num_folds, desc="SVM", unit="fit", delay=1, disable=None)
     for C in sorted(config.C):
         num_correct = 0
         for fit, held_out in folds:
             predicted = fit_svm(features[fit], labels[fit], C).predict(features[held_out])
             num_correct += int((predicted == labels[held_out]).sum())
+            fits.update()
         accuracy[C] = num_correct / len(labels)
+    fits.close()
     return max(accuracy, key=lambda C: (accuracy[C], -C)), accuracy
 
 
@@ -136,7 +140,7 @@ def find_sources(folders: Sequence[Path]) -> list[Path]:
         if not scored:
             raise FileNotFoundError(
                 f"no scores in {folder}, {', '.join(map(str, streams))}: give folders of runs, or of their streams, "
-                "that `python -m train.evaluate RUN` has scored."
+                f"that `python -m train.evaluate RUN` has scored.{nearest_path(folder)}"
             )
         found += scored
     resolved = [folder.resolve() for folder in found]
@@ -253,7 +257,8 @@ def run_of(folder: Path) -> Path:
     for run in (folder, *folder.absolute().parents[:2]):
         if (run / "config.yaml").exists():
             return run
-    raise ValueError(f"{folder} belongs to no run: neither it nor the folders around it have a config.yaml.")
+    what = "neither it nor the folders around it have a config.yaml."
+    raise ValueError(f"{folder} belongs to no run: {what}{nearest_path(folder)}")
 
 
 def default_out(folders: Sequence[Path], weights: Sequence[float] | None) -> Path:
@@ -272,17 +277,28 @@ def default_out(folders: Sequence[Path], weights: Sequence[float] | None) -> Pat
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line: fuse the score files of any runs and streams."""
-    parser = argparse.ArgumentParser(prog="python -m train.fuse", description="Fuse scores again, or those of many.")
+    parser = Parser(
+        prog="python -m train.fuse",
+        description="Fuse scores that runs have left, by averaging and by an SVM, and print the table.",
+        epilog="examples:\n"
+        "  python -m train.fuse runs/ucf101\n"
+        "  python -m train.fuse runs/a/spatial runs/b/temporal --weights 1 2\n\n"
+        "exit code: 0 fused; 1 failed, the last line says why",
+    )
     parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="of a run, or of a stream in one")
-    parser.add_argument("--weights", type=float, nargs="+", help="of each source in the average; default: equal")
-    parser.add_argument("--out", type=Path, help="folder for the results; default: FOLDER, or one in the first FOLDER")
+    parser.add_argument(
+        "--weights", type=float, nargs="+", metavar="W", help="of each source in the average (default: equal)"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder for the results (default: FOLDER, or one in the first FOLDER)"
+    )
     options = parser.parse_args(arguments)
     try:
         config = read_config(run_of(options.folders[0]) / "config.yaml").fuse
         out = options.out or default_out(options.folders, options.weights)
         results = fuse_runs(options.folders, config, options.weights)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {describe_error(error)}")
     print(report(results))
     print("\nwrote:", *write_results(results, out), sep="\n  ")
 

@@ -10,11 +10,13 @@ import logging
 import sys
 from pathlib import Path
 
+from flow.command import Parser, describe_error, wrap_words
 from loaders.index import open_index
 from train.config import (
     CHANGEABLE,
     STREAMS,
     Config,
+    config_names,
     differing_keys,
     read_config,
     resolve_config,
@@ -59,11 +61,36 @@ def open_run(run: Path, config: Config, resume: str) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line: everything that can be wrong with the request is reported before a process starts."""
-    parser = argparse.ArgumentParser(prog="python -m train.launch", description="Train, test and fuse both streams.")
-    parser.add_argument("--config", default="demo", help="name of a config in train/configs, or a YAML file")
-    parser.add_argument("--run", type=Path, help="run folder; default runs/<config>-<hash of what is trained>")
-    parser.add_argument("--resume", choices=("auto", "never"), default="auto", help="continue the run folder's run")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as temporal.steps=300")
+    parser = Parser(
+        prog="python -m train.launch",
+        usage="%(prog)s [--gpus N] [--config NAME] [--run DIR] [options] [key=value ...]",
+        description="Train both streams on a packed data set, test them, fuse them, and print the table.\n"
+        "Stopped, it goes on with the same command.",
+        epilog=f"configs:\n{wrap_words(config_names())}\n\n"
+        "examples:\n"
+        "  python -m train.launch --gpus 4 --config ucf101 data.root=packed data.split=split1\n"
+        "  python -m train.launch data.root=demo/packed temporal.steps=50 train.streams=[temporal]\n\n"
+        "exit code: 0 done; 1 failed, the last line says why; 130, 143 stopped",
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="on top of the config, such as temporal.steps=300; all keys stand in train/config.py, and in the "
+        "config.yaml of a run",
+    )
+    parser.add_argument(
+        "--config", default="demo", metavar="NAME", help="one of those below, or a YAML file (default %(default)s)"
+    )
+    parser.add_argument(
+        "--run", type=Path, metavar="DIR", help="run folder (default runs/CONFIG-<hash of what is trained>)"
+    )
+    parser.add_argument(
+        "--resume",
+        choices=("auto", "never"),
+        default="auto",
+        help="auto (default) goes on with what the run folder holds; never starts over and deletes it",
+    )
     Machines.add_arguments(parser)
     options = parser.parse_intermixed_args(arguments)
     try:
@@ -71,7 +98,7 @@ def main(arguments: list[str] | None = None) -> None:
             config, machines, run = _prepare(options)
         launch(machines, _run, config, run, timeout_s=config.train.timeout_s)
     except (ValueError, OSError, FloatingPointError, ProcessFailedError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {describe_error(error)}")
 
 
 def _prepare(options: argparse.Namespace) -> tuple[Config, Machines, Path]:

@@ -20,6 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+from flow.command import did_you_mean
 from train.config import Config, from_flat, resolve_config, short_hash, to_flat
 from train.engine import CHECKPOINT
 from train.tables import PRETRAINING, TABLES, Fusion, configs_of, select_tables, svm_configs
@@ -125,7 +126,9 @@ def select_sources(names: Iterable[str]) -> dict[str | Fusion, tuple[int, ...]]:
     configs |= set(PRETRAINING)
     known = [table.name for table in TABLES] + ["all"]
     if unknown := sorted(wanted - configs - set(known)):
-        raise ValueError(f"nothing is called {unknown[0]!r}; known: {', '.join(known + sorted(configs))}.")
+        known += sorted(configs)
+        near = did_you_mean(unknown[0], known)
+        raise ValueError(f"nothing is called {unknown[0]!r}; known: {', '.join(known)}.{near}")
     sources: dict[str | Fusion, tuple[int, ...]] = {}
     for table in select_tables(wanted):
         for source in (cell.source for cell in table.cells if cell.source is not None):

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from flow.command import nearest_path
 from flow.shard import write_bytes
 from flow.untrusted import open_regular
 
@@ -60,7 +61,8 @@ _WRONG = (ValueError, KeyError, TypeError, AttributeError, OSError, EOFError, Ru
 def read_scores(path: Path) -> Scores:
     """Raises FileNotFoundError if there is no such file, ValueError if it is not one of `write_scores`."""
     if not path.is_file():
-        raise FileNotFoundError(f"no scores at {path}: run `python -m train.evaluate RUN` on its run first.")
+        what = "run `python -m train.evaluate RUN` on its run first."
+        raise FileNotFoundError(f"no scores at {path}: {what}{nearest_path(path.parent)}")
     try:
         with open_regular(path) as file:
             content = _read_npz(file)

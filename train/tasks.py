@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flow.command import did_you_mean, nearest_path
 from flow.untrusted import MAX_JSON_BYTES, read_lines
 from loaders.batch import StreamSpec
 from loaders.draw import Population, population
@@ -118,9 +119,10 @@ def _added_classes(extra: Index, names: str, first: int) -> Ints:
     wanted = read_class_list(names) if names else extra.classes
     unknown = sorted(set(wanted) - set(extra.classes))
     if unknown:
+        near = did_you_mean(unknown[0], extra.classes)
         raise ValueError(
             f"{extra.root} has no class {unknown[0]!r}, one of {len(unknown)} of {names!r} that it lacks. "
-            "Correct the list of classes to add, or leave it empty to add all."
+            f"Correct the list of classes to add, or leave it empty to add all.{near}"
         )
     label_map = np.full(len(extra.classes), -1)
     label_map[[k for k, name in enumerate(extra.classes) if name in set(wanted)]] = first + np.arange(len(set(wanted)))
@@ -132,7 +134,9 @@ def read_class_list(name_or_file: str) -> list[str]:
     path = Path(name_or_file) if name_or_file.endswith(".txt") else CONFIG_FOLDER / f"{name_or_file}.txt"
     if not path.is_file():
         known = sorted(known.stem for known in CONFIG_FOLDER.glob("*.txt"))
-        raise ValueError(f"extra_classes={name_or_file!r}: no such list; known are {', '.join(known)}, or a .txt file.")
+        near = nearest_path(path) if name_or_file.endswith(".txt") else did_you_mean(name_or_file, known)
+        what = f"no such list; known are {', '.join(known)}, or a .txt file."
+        raise ValueError(f"extra_classes={name_or_file!r}: {what}{near}")
     lines = (line.partition("#")[0].strip() for line in read_lines(path, MAX_JSON_BYTES))
     return [line for line in lines if line]
 
