@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from flow.clips import read_member
 from flow.codec import decode_component
+from flow.command import Parser
 from flow.fields import subtract_mean
 from flow.index import take_entries
 from loaders.index import Index, open_index
@@ -135,11 +136,11 @@ def analyse(correct: dict[str, np.ndarray], groups: np.ndarray) -> dict[str, Any
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Accuracy on real clips, pooled over splits and seeds.")
+    parser = Parser(description="Accuracy on real clips, pooled over splits and seeds.")
     parser.add_argument("--data", type=Path, required=True, help="packed data set with its splits")
-    parser.add_argument("--config", default="ucf101_mini")
-    parser.add_argument("--splits", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--config", default="ucf101_mini", help="of the runs (default %(default)s)")
+    parser.add_argument("--splits", type=int, nargs="+", default=[1, 2, 3], help="official ones (default: all)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the runs (default: 0 1 2)")
     parser.add_argument("--runs", type=Path, help="folder of the runs (default: runs/CONFIG)")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/accuracy_CONFIG.json")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for train.launch")

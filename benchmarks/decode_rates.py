@@ -26,7 +26,9 @@ from typing import Any
 from common import default_out, demo_set, describe_data, write_result
 
 import numpy as np  # isort: skip
+from tqdm import tqdm
 
+from flow.command import Parser, say
 from loaders.batch import FLOW_SCALE, RGB_STD, StreamSpec
 from loaders.draw import Draw, population, slot_draws
 from loaders.index import open_index
@@ -139,12 +141,14 @@ def run_case(case: dict[str, Any], options: argparse.Namespace, data: Path) -> d
 def parse(argv: list[str] | None) -> argparse.Namespace:
     import os
 
-    parser = argparse.ArgumentParser(description="Decode rates and parity, each case in a process of its own.")
+    parser = Parser(
+        description="Decode rates and parity, each case in a process of its own.",
+    )
     parser.add_argument("--data", type=Path, help="packed data set; default: the generated demo set")
-    parser.add_argument("--split", default="split1_train")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--split", default="split1_train", help="list of videos (default %(default)s)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="that decodes (default %(default)s)")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: one per core")
+    parser.add_argument("--rounds", type=int, default=3, help="of each case (default %(default)s)")
     parser.add_argument("--seconds", type=float, default=0.5, help="per round")
     parser.add_argument("--timeout", type=float, default=90, help="of one case, in seconds")
     parser.add_argument("--quick", action="store_true", help="one short case a decoder: does it run?")
@@ -177,14 +181,14 @@ def main(argv: list[str] | None = None) -> int:
         data = options.data or demo_set(Path(folder))
         config = {key: value for key, value in vars(options).items() if not isinstance(value, Path)}
         config |= {"data": describe_data(open_index(data), options.data is None)}
-        for case in cases(options.device, options.quick):
+        for case in tqdm(list(cases(options.device, options.quick)), desc="cases", disable=None):
             rows.append(run_case(case, options, data))
             write_result(options.out, config, complete=False, rows=rows)
             row = rows[-1]
             outcome = row.get("error") or (
                 f"{row['images_per_s']['median']:10.0f} images/s, differs by {row['max_code_difference']:.2f} codes"
             )
-            print(*(f"{key}={value}" for key, value in case.items()), outcome, flush=True)
+            say(" ".join([*(f"{key}={value}" for key, value in case.items()), outcome]))
         write_result(options.out, config, rows=rows)
     # A GPU decoder that crashes is a finding, and recorded; decoding wrongly, or a CPU that fails, is a failure.
     wrong = [row for row in rows if row.get("max_code_difference", 0) > TOLERANCE]

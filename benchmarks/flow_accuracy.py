@@ -23,6 +23,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from flow.codec import Codec, decode_component, decode_grey, encode_component
+from flow.command import Parser, did_you_mean
 from flow.demo import draw_texture, shift
 from flow.extract import FlowMethod, flow_method
 
@@ -119,7 +120,8 @@ def code(field: npt.NDArray[np.float32], codec: Codec) -> tuple[npt.NDArray[np.f
 def choose(names: Sequence[str], settings: Sequence[str]) -> dict[str, Setting]:
     """Rows of these names, and one for each setting such as "brox:alpha=0.3,scale=0.9". Raises ValueError."""
     if unknown := [name for name in names if name not in SETTINGS]:
-        raise ValueError(f"row {unknown[0]!r} is unknown; there are {', '.join(SETTINGS)}.")
+        near = did_you_mean(unknown[0], SETTINGS)
+        raise ValueError(f"row {unknown[0]!r} is unknown; there are {', '.join(SETTINGS)}.{near}")
     rows = {name: SETTINGS[name] for name in names}
     for text in settings:
         method, _, values = text.partition(":")
@@ -166,13 +168,13 @@ def describe_pairs(pairs: list[Pair], generated: bool) -> dict[str, Any]:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="End-point error of every flow method.")
+    parser = Parser(description="End-point error of every flow method.")
     parser.add_argument("pairs", type=Path, nargs="?", metavar="DIR", help="pairs with truth; default: a generated one")
     parser.add_argument("--methods", nargs="+", help=f"of {', '.join(SETTINGS)}")
     parser.add_argument(
         "--set", dest="settings", action="append", default=[], metavar="METHOD:key=value,...", help="one more row"
     )
-    parser.add_argument("--device", choices=list(ROWS), default="cpu")
+    parser.add_argument("--device", choices=list(ROWS), default="cpu", help="that computes (default %(default)s)")
     parser.add_argument("--quick", action="store_true", help="the generated pair is tiny: does it run?")
     parser.add_argument("--out", type=Path, help="default: in benchmarks/results, see common.default_out")
     return parser.parse_args(argv)

@@ -26,9 +26,11 @@ from trained import Arm, compare, list_runs, train_missing
 
 import cv2  # isort: skip
 import numpy as np
+from tqdm import tqdm
 
 from flow import pack
 from flow.catalog import list_videos
+from flow.command import Parser, did_you_mean
 from flow.resume import hold
 from flow.video import Frame, VideoError, read_frames
 from loaders.index import open_index
@@ -94,7 +96,7 @@ def trim_all(videos: Path, out: Path, num_frames: int) -> None:
     work = out.with_name(out.name + ".tmp")
     out.parent.mkdir(parents=True, exist_ok=True)
     with hold(out.with_name(out.name + ".lock"), wait=True):  # several at once would take each other's work away
-        for video in list_videos(videos):
+        for video in tqdm(list_videos(videos), desc="trimming", unit="video", disable=None):
             target = out / f"{video.video_id}.avi"
             if not target.exists():
                 trim(video.path, work / f"{video.video_id}.avi", num_frames)
@@ -205,29 +207,33 @@ def compare_packs(options: argparse.Namespace) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Accuracy of the temporal net by flow method and codec.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    first = commands.add_parser("prepare", help="trim clips, and pack them with every method")
+    parser = Parser(description="Accuracy of the temporal net by flow method and codec.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    trims, trains = "trim clips, and pack them with every method", "train on every packing, and compare"
+    first = commands.add_parser("prepare", help=trims, description=trims)
     first.set_defaults(do=prepare)
     first.add_argument("--videos", type=Path, required=True, help="folder of class folders of videos")
     first.add_argument("--splits", type=Path, required=True, help="folder of the official list files")
     first.add_argument("--out", type=Path, required=True, help="folder of videos_32/ and packs/")
-    first.add_argument("--frames", type=int, default=32, help="of every clip, the middle ones")
+    first.add_argument("--frames", type=int, default=32, help="of every clip, the middle ones (default %(default)s)")
     first.add_argument("--workers", type=int, help="processes of a pack (default: one per core)")
     first.add_argument("names", nargs="*", metavar="NAME", help=f"which of {', '.join(PACKINGS)}; default: all")
-    second = commands.add_parser("compare", help="train on every packing, and compare")
+    second = commands.add_parser("compare", help=trains, description=trains)
     second.set_defaults(do=compare_packs)
     second.add_argument("--packs", type=Path, help="folder of the packings that are given by their names alone")
-    second.add_argument("--config", default="ucf101_mini")
-    second.add_argument("--splits", type=int, nargs="+", default=[1, 2, 3])
-    second.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    second.add_argument("--runs", type=Path, default=Path("runs/flow_choice"))
+    second.add_argument("--config", default="ucf101_mini", help="of the runs (default %(default)s)")
+    second.add_argument("--splits", type=int, nargs="+", default=[1, 2, 3], help="official ones (default: all)")
+    second.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the runs (default: 0 1 2)")
+    second.add_argument(
+        "--runs", type=Path, default=Path("runs/flow_choice"), help="folder of the runs (default %(default)s)"
+    )
     second.add_argument("--out", type=Path, help="default: benchmarks/results/flow_choice[_partial].json")
     second.add_argument("--set", dest="overrides", nargs="+", default=[], metavar="key=value", help="for train.launch")
     second.add_argument("names", nargs="*", metavar="NAME[=DIR]", help="the first is what the others are held to")
     options = parser.parse_args(argv)
     if unknown := [name for name in options.names if options.command == "prepare" and name not in PACKINGS]:
-        parser.error(f"unknown packing {', '.join(unknown)}; there are {', '.join(PACKINGS)}")
+        near = did_you_mean(unknown[0], PACKINGS)
+        parser.error(f"unknown packing {', '.join(unknown)}; there are {', '.join(PACKINGS)}.{near}")
     return options
 
 

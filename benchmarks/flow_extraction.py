@@ -41,6 +41,7 @@ from pack_parts import PackParts, pack_row, spread
 from tqdm import tqdm
 
 from flow import demo
+from flow.command import Parser
 from flow.extract import GPU_METHODS
 from flow.resume import input_digest
 
@@ -207,16 +208,16 @@ def print_rows(content: dict[str, Any]) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="What optical flow costs.")
+    parser = Parser(description="What optical flow costs.")
     parser.add_argument("--data", type=Path, help="folder of class folders of videos; default: generated ones")
     parser.add_argument("--flow-gt", type=Path, help="pairs with truth, as for flow_accuracy.py")
     parser.add_argument("--methods", nargs="+", help=f"of {', '.join(SETTINGS)}")
     parser.add_argument(
         "--set", dest="settings", action="append", default=[], metavar="METHOD:key=value,...", help="one more row"
     )
-    parser.add_argument("--device", choices=list(ROWS), default="cpu")
+    parser.add_argument("--device", choices=list(ROWS), default="cpu", help="that computes (default %(default)s)")
     parser.add_argument("--gpus", type=int, default=1, help="with --device cuda: how many to use")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="interleaved over the rows (default %(default)s)")
     parser.add_argument("--seconds", type=float, default=4.0, help="of a row in a round")
     parser.add_argument("--clips", type=int, default=16, help="that are decoded and resized")
     parser.add_argument("--pack-clips", type=int, default=24, help="whole clips that are packed")

@@ -21,7 +21,9 @@ from typing import Any
 from common import default_out, demo_set, describe_data, write_result
 
 import numpy as np  # isort: skip
+from tqdm import tqdm
 
+from flow.command import Parser
 from flow.index import VIDEO, load_index, take_entries, write_index
 from flow.shard import write_json
 from loaders import dali_loader
@@ -126,11 +128,11 @@ def run_case(case: str, **arguments: Any) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Start-up and memory of the loader.")
+    parser = Parser(description="Start-up and memory of the loader.")
     parser.add_argument("--data", type=Path, help="packed data set; default: the generated demo set")
-    parser.add_argument("--videos", type=int, default=1_000_000)
-    parser.add_argument("--batches", type=int, default=2000)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--videos", type=int, default=1_000_000, help="of the made index (default %(default)s)")
+    parser.add_argument("--batches", type=int, default=2000, help="over which nothing may grow (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="of opening (default %(default)s)")
     parser.add_argument("--quick", action="store_true", help="few videos and batches: does it run?")
     parser.add_argument("--out", type=Path, help="default: in benchmarks/results, see common.default_out")
     # Of one case, when this program calls itself:
@@ -156,8 +158,9 @@ def main(argv: list[str] | None = None) -> int:
         config |= {"data": describe_data(open_index(data), options.data is None)}
         many = Path(folder) / "many"
         make_many(many, data, options.videos)
-        rows = [run_case("open", data=many, small=data, **shape) for _ in range(options.rounds)]
-        rows += [run_case("keep", data=data, k=k, batches=options.batches, **shape) for k in (1, 8)]
+        cases = [{"case": "open", "data": many, "small": data} for _ in range(options.rounds)]
+        cases += [{"case": "keep", "data": data, "k": k, "batches": options.batches} for k in (1, 8)]
+        rows = [run_case(**case, **shape) for case in tqdm(cases, desc="cases", disable=None)]
     write_result(out, config, rows=rows)
     for row in rows:
         print(

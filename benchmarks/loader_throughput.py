@@ -44,6 +44,7 @@ from common import default_out, demo_set, describe_data, write_result
 from row import Checked, Delivered, Job, Maker, Measured, RowError, RowProcess
 from tqdm import tqdm
 
+from flow.command import Parser
 from loaders import reference
 from loaders.batch import FLOW_SCALE, RGB_STD, StreamSpec
 from loaders.index import Index, open_index
@@ -243,15 +244,19 @@ def measure_stream(stream: str, folder: Path, root: Path, arguments: argparse.Na
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Loader throughput beside its peers and its ceilings.")
+    parser = Parser(
+        description="Loader throughput beside its peers and its ceilings.",
+    )
     parser.add_argument("--data", type=Path, help="packed data set; default: the generated demo set at 256 px")
     parser.add_argument("--split", default="split1_train", help="list of videos (default: %(default)s)")
-    parser.add_argument("--streams", nargs="+", choices=["temporal", "spatial"], default=["temporal", "spatial"])
+    parser.add_argument(
+        "--streams", nargs="+", choices=["temporal", "spatial"], default=["temporal", "spatial"], help="default: both"
+    )
     parser.add_argument("--rows", nargs="+", choices=NAMES, metavar="NAME", help=f"of {', '.join(NAMES)}")
     parser.add_argument("--cold", action="store_true", help="also ours_k1_cold; needs data larger than a round reads")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="that loads (default %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=64, help="default %(default)s")
+    parser.add_argument("--rounds", type=int, default=5, help="interleaved over the rows (default %(default)s)")
     parser.add_argument("--seconds", type=float, default=3.0, help="per row and round")
     parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)), help="threads of every row")
     parser.add_argument("--workers", type=int, nargs="+", metavar="N", help="worker processes to try; default: 1 to 4")

@@ -56,6 +56,7 @@ from trainee import (
 import torch  # isort: skip
 from tqdm import tqdm
 
+from flow.command import Parser
 from loaders.batch import Batch
 from loaders.index import open_index
 from train.config import to_flat
@@ -168,7 +169,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     def counts(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
 
-    parser = argparse.ArgumentParser(description="Speed-up with the number of GPUs, or CPU cores, and a model of it.")
+    parser = Parser(
+        description="Speed-up with the number of GPUs, or CPU cores, and a model of it.",
+    )
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--gpus", type=counts, help="numbers of GPUs, such as 1,2,4")
     where.add_argument("--procs", type=counts, help="numbers of processes on the CPU, each on one core, such as 1,2")
@@ -226,7 +229,7 @@ def main(argv: list[str] | None = None) -> int:
         folder = Path(temporary)
         data = options.data or demo_set(folder, 256 if not options.quick else 64)
         turns = list(product(range(options.rounds), options.counts))
-        for round_, n in tqdm(turns, disable=None):
+        for round_, n in tqdm(turns, desc="launches", disable=None):
             found[n].append(run_launch(n, argv, data, folder / "launch.json"))
             if n == options.counts[-1]:
                 write(options, data, found, round_ + 1 == options.rounds)

@@ -25,7 +25,9 @@ from common import ROOT, default_out, demo_set, describe_data, write_result
 
 import numpy as np  # isort: skip
 import psutil  # isort: skip
+from tqdm import tqdm
 
+from flow.command import Parser
 from loaders import dali_loader
 from loaders.batch import StreamSpec
 from loaders.index import Index, open_index
@@ -127,6 +129,7 @@ def soak(command: list[str], seconds: float, every_s: float, folder: Path, warm:
         # Ctrl-C is ignored by what a job in the background starts.
         command = ["env", "--default-signal=INT", *command]
         process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output, start_new_session=True)
+    bar = tqdm(total=round(seconds), unit="s", desc="soaking", disable=None)
     try:
         start_s = None if warm else time.monotonic()
         while start_s is None or time.monotonic() - start_s < seconds or len(samples) < 5:
@@ -138,8 +141,10 @@ def soak(command: list[str], seconds: float, every_s: float, folder: Path, warm:
             if start_s is not None:
                 samples.append({"time_s": time.monotonic() - start_s, **sample(process.pid)})
                 mapped |= shared_files(process.pid)
+                bar.update(min(bar.total, round(time.monotonic() - start_s)) - bar.n)
         end = interrupt(process)
     finally:
+        bar.close()
         for other in tree(process.pid):
             other.kill()
     verdicts = judge(samples)
@@ -193,7 +198,7 @@ def parts(options: argparse.Namespace, data: Path, index: Index, folder: Path) -
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, help="packed set (default: a generated one)")
     parser.add_argument("--minutes", type=float, default=30, help="of both parts together (default %(default)s)")
     parser.add_argument("--every", type=float, default=5, help="seconds from sample to sample (default %(default)s)")

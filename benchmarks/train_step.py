@@ -49,6 +49,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from flow.command import Parser
 from loaders.batch import Batch
 from loaders.index import Index, open_index
 from nets.cnn_m import LocalResponseNorm
@@ -120,7 +121,7 @@ def measure(world: World, options: argparse.Namespace, data: Path) -> None:
     model = {"flops_per_sample": flops, "peak_tflops": peak, "peak_source": source}
     turns: dict[str, list[dict[str, float]]] = {name: [] for name in options.rows}
     errors: dict[str, str] = {}
-    with ExitStack() as stack, tqdm(total=options.rounds * len(turns), disable=None) as progress:
+    with ExitStack() as stack, tqdm(total=options.rounds * len(turns), desc="turns", disable=None) as progress:
         feeds = open_feeds(stack, options, data, index, world)
         trainee = Trainee(config, num_classes, world)
         compiled = make_config(options, data, train__compile=True)
@@ -193,9 +194,9 @@ def show(result: dict[str, Any]) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="A training step with resident data and with the loader.")
+    parser = Parser(description="A training step with resident data and with the loader.")
     add_arguments(parser)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="that trains (default %(default)s)")
     parser.add_argument("--rows", nargs="+", choices=ROWS, help="default: all that the device can run")
     parser.add_argument("--peak-tflops", type=float, help="the machine's peak, if it is not known")
     parser.add_argument("--loader-seconds", type=float, default=1.0, help="for the loader alone, per row and round")

@@ -15,7 +15,9 @@ from typing import Any
 import common  # noqa: F401  (puts the checkout on the path)
 import numpy as np
 import numpy.typing as npt
+from tqdm import tqdm
 
+from flow.command import say
 from flow.resume import hold
 from train.config import differing_keys, read_config, resolve_config
 from train.experiments import train
@@ -70,11 +72,17 @@ def train_missing(runs: Sequence[Run]) -> None:
     Exits if a run was trained with another config, or fails.
     """
     pending = list(runs)
-    while pending:
-        left = [run for run in pending if not _try(run)]
-        if len(left) == len(pending):
-            time.sleep(WAIT_S)
-        pending = left
+    with tqdm(total=len(runs), desc="runs", unit="run", disable=None) as bar:
+        while pending:
+            left = []
+            for run in pending:
+                if _try(run):
+                    bar.update()
+                else:
+                    left.append(run)
+            if len(left) == len(pending):
+                time.sleep(WAIT_S)
+            pending = left
 
 
 def _try(run: Run) -> bool:
@@ -92,7 +100,7 @@ def _try(run: Run) -> bool:
                     f"{run.folder} was trained with another config: {'; '.join(differing)}. Choose another --runs."
                 )
             return True
-        print(f"training {run.folder}", flush=True)
+        say(f"training {run.folder}")
         output = run.folder / OUTPUT
         arguments = ["--gpus", "0", "--config", run.config, "--run", str(run.folder), *run.overrides]
         if status := train(arguments, output, lock):

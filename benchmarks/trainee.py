@@ -152,12 +152,12 @@ def make_config(options: argparse.Namespace, data: Path, **more: Any) -> Config:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that both benchmarks share."""
     parser.add_argument("--data", type=Path, help="packed data set; default: the generated demo set at 256 px")
-    parser.add_argument("--split", default="split1")
+    parser.add_argument("--split", default="split1", help="official split (default %(default)s)")
     parser.add_argument("--batch-size", type=int, help="global batch")
     parser.add_argument("--width", type=float, help="factor on the net's channels and units")
     parser.add_argument("--crop-px", type=int, help="side of the input")
-    parser.add_argument("--L", type=int, default=10)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--L", type=int, default=10, help="fields of a stack (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="interleaved (default %(default)s)")
     parser.add_argument("--steps", type=int, help="of a group, whose mean is one figure")
     parser.add_argument("--warm-up", type=int, help="steps before a group")
     parser.add_argument("--quick", action="store_true", help="one short round of a tiny net: does it run?")

@@ -7,7 +7,6 @@ yet, pools the splits, and pairs the runs video by video; intervals as in accura
 of ucf101_mini, so that 27 runs fit into two hours of two cores.
 """
 
-import argparse
 import signal
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from trained import Arm, compare, list_runs, train_missing
 
 import numpy as np  # isort: skip
 
+from flow.command import Parser
 from loaders.index import open_index
 from train.config import read_config, to_flat
 from train.fuse import source_group
@@ -33,14 +33,21 @@ OVERRIDES = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Accuracy of the temporal net by stacks per window.")
+    parser = Parser(description="Accuracy of the temporal net by stacks per window.")
     parser.add_argument("--data", type=Path, required=True, help="packed data set with its splits")
-    parser.add_argument("--config", default="ucf101_mini")
+    parser.add_argument("--config", default="ucf101_mini", help="of the runs (default %(default)s)")
     parser.add_argument("--k", type=int, nargs="+", default=[1, 4, 8], help="the first is what the others are held to")
-    parser.add_argument("--splits", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--runs", type=Path, default=Path("runs/windows"))
-    parser.add_argument("--out", type=Path, default=RESULTS / "windows_accuracy.json")
+    parser.add_argument("--splits", type=int, nargs="+", default=[1, 2, 3], help="official ones (default: all)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the runs (default: 0 1 2)")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs/windows"), help="folder of the runs (default %(default)s)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=RESULTS / "windows_accuracy.json",
+        help="default: benchmarks/results/windows_accuracy.json",
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for train.launch")
     options = parser.parse_intermixed_args(argv)
 

@@ -119,8 +119,9 @@ class Parser(argparse.ArgumentParser):
         wrong = [word for word in words if re.match(r"-+[^-\d.]", word) and word not in known]
         if wrong and not message.startswith("unrecognized"):  # what is said to be missing may be what was misspelt
             message += f". There is no option {', '.join(wrong)}"
-        hints = [did_you_mean(f"--{word.lstrip('-')}", known) for word in wrong]
-        super().error(message + ("." + "".join(hints) if any(hints) else ""))
+        bare = {option.lstrip("-"): option for option in known}
+        near = [bare[name] for word in wrong if (name := nearest(word.lstrip("-"), bare)) is not None]
+        super().error(message + (f". Did you mean {' or '.join(map(repr, near))}?" if near else ""))
 
 
 class _Command(Parser):

@@ -4,7 +4,6 @@ The last line is `faults injected: N, survived: N, data lost: 0`; the exit code 
 prints its seed; `--seed S CASE` draws the same again, as far as a kill at a drawn moment can be the same.
 """
 
-import argparse
 import os
 import sys
 import tempfile
@@ -17,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from benchmarks.common import default_out, write_result
+from flow.command import Parser, did_you_mean, say
 from tests.faults import Fault, disks, packing, shards, training
 
 Case = Callable[[np.random.Generator, Path, bool], Iterator[Fault]]
@@ -46,14 +47,14 @@ def run_case(name: str, seed: int, short: bool) -> Iterator[Fault]:
 
 def run_and_print(name: str, seed: int, short: bool) -> dict[str, Any]:
     """Row of a case for the table and the results file; a line for every fault as it happens."""
-    print(f"{name} (seed {seed})", flush=True)
+    say(f"{name} (seed {seed})")
     start_s = time.monotonic()
     faults = []
     for fault in run_case(name, seed, short):
         outcome = "survived" if fault.survived and not fault.lost else f"NOT SURVIVED, {fault.lost} lost: {fault.note}"
         if isinstance(fault, disks.NotInjected):
             outcome = "not injected"
-        print(f"  {fault.what}: {outcome}", flush=True)
+        say(f"  {fault.what}: {outcome}")
         faults.append(fault)
     injected = [fault for fault in faults if not isinstance(fault, disks.NotInjected)]
     return {
@@ -77,7 +78,11 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.faults", description="Inject faults, count what survives.")
+    parser = Parser(
+        prog="python -m tests.faults",
+        description="Inject faults, count what survives.",
+        epilog="exit code: 0 all survived, nothing lost; 1 otherwise",
+    )
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"default: all; {', '.join(CASES)}")
     parser.add_argument("--seed", type=int, help="of all that is random (default: drawn)")
     parser.add_argument("--short", action="store_true", help="the few of each case that `make test` has time for")
@@ -86,13 +91,14 @@ def main(argv: list[str] | None = None) -> int:
     # Killed processes leave semaphores; what frees them at the end would say so behind the last line.
     os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
     if unknown := set(options.cases) - set(CASES):
-        parser.error(f"no such case: {', '.join(sorted(unknown))}. Known: {', '.join(CASES)}")
+        near = did_you_mean(min(unknown), CASES)
+        parser.error(f"no such case: {', '.join(sorted(unknown))}. Known: {', '.join(CASES)}.{near}")
     names = options.cases or list(CASES)
     seed = np.random.SeedSequence().generate_state(1).item() if options.seed is None else options.seed
     out = options.out or default_out("faults", quick=options.short, partial=bool(options.cases))
     config = {"seed": seed, "short": options.short, "cases": names}
     rows: list[dict[str, Any]] = []
-    for name in names:
+    for name in tqdm(names, desc="cases", unit="case", disable=None):
         rows.append(run_and_print(name, seed, options.short))
         totals = {key: sum(row[key] for row in rows) for key in ("injected", "survived", "lost", "seconds")}
         write_result(out, config, complete=len(rows) == len(names), **totals, rows=rows)

@@ -5,7 +5,6 @@ used up. Counts go to benchmarks/results/fuzz.json, in full after the last turn 
 Exit code 1: something was found; the inputs are named.
 """
 
-import argparse
 import importlib.util
 import json
 import os
@@ -18,7 +17,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from benchmarks.common import default_out, write_result
+from flow.command import Parser, did_you_mean, say
 from tests.fuzz.child import LIMIT_MB, TIMEOUT_S
 from tests.fuzz.targets import TARGETS
 
@@ -88,7 +90,7 @@ def campaign(names: list[str], work: Path, out: Path, seconds: float, turn_s: fl
     turns: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     rounds = max(1, round(seconds / turn_s / len(names)))
     share = seconds / rounds / len(names)
-    for number in range(rounds * len(names)):
+    for number in tqdm(range(rounds * len(names)), desc="turns", unit="turn", disable=None):
         name = names[number % len(names)]
         turn = take_turn(name, work, share, seed + number)
         turns[name].append(turn)
@@ -100,7 +102,7 @@ def campaign(names: list[str], work: Path, out: Path, seconds: float, turn_s: fl
         places = [{key: one[key] for key in ("target", "place", "input")} for one in found]
         complete = number + 1 == rounds * len(names)
         write_result(out, config, complete=complete, total=total, targets=by_target, findings=places)
-        print(f"{name}: {turn['runs']:,} runs in {turn['seconds']:.0f} s, {turn['ended']}", flush=True)
+        say(f"{name}: {turn['runs']:,} runs in {turn['seconds']:.0f} s, {turn['ended']}")
     for one in found:
         print(f"{one['target']}: {one['place']}: {work / 'crashers' / one['input']}\n{one['traceback']}")
     bad = sum(total[key] for key in ("exceptions", "crashes", "timeouts", "out_of_memory"))
@@ -111,16 +113,21 @@ def campaign(names: list[str], work: Path, out: Path, seconds: float, turn_s: fl
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__.splitlines()[0])
+    parser = Parser(
+        prog="python -m tests.fuzz",
+        description="Feed mutated files to every reader.",
+        epilog="exit code: 0 nothing was found; 1 something was, the inputs are named; 130 stopped",
+    )
     parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"default: all: {' '.join(TARGETS)}")
     parser.add_argument("--seconds", type=float, default=FULL_S, help="of the whole campaign (default %(default)s)")
     parser.add_argument("--turn", type=float, default=45, metavar="S", help="length of a turn (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=1, help="of the mutations (default %(default)s)")
     parser.add_argument("--work", type=Path, help="folder of corpus and findings (default: a temporary one, kept)")
     parser.add_argument("--out", type=Path, help="result (default: benchmarks/results/fuzz.json)")
     options = parser.parse_args(argv)
     if unknown := set(options.targets) - set(TARGETS):
-        parser.error(f"unknown target {min(unknown)!r}; there are {', '.join(TARGETS)}")
+        near = did_you_mean(min(unknown), TARGETS)
+        parser.error(f"unknown target {min(unknown)!r}; there are {', '.join(TARGETS)}.{near}")
     if importlib.util.find_spec("atheris") is None:
         parser.error("Atheris is not installed: pip install -e '.[fuzz]'.")
     names = options.targets or list(TARGETS)
