@@ -71,6 +71,11 @@ def _entries(folder: Path) -> list[str]:
         return []
 
 
+def folders_with(folder: Path, file: str) -> list[Path]:
+    """Folders in a folder, of a large one among the first entries, that hold a file of this name."""
+    return [folder / name for name in sorted(_entries(folder)) if os.path.exists(folder / name / file)]
+
+
 def describe_error(error: Exception) -> str:
     """What ended a command, in one line; of a path that is not there, with the nearest that is."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:

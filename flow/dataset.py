@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flow.codec import Codec
-from flow.command import nearest_path
+from flow.command import folders_with, nearest_path
 from flow.shard import FORMAT_VERSION, MAX_CLASS_ID, ShardError, check_class_name
 from flow.untrusted import read_json
 
@@ -49,9 +49,8 @@ def no_packed_set(root: Path) -> str:
     """What to say of a folder without `dataset.json`: the packed set that may be meant, or how to make one."""
     if near := nearest_path(root):
         return f"{root} is no packed data set: it is not there.{near}"
-    inner = next((path.parent for path in sorted(root.glob("*/dataset.json"))), None)
-    if inner:
-        return f"{root} is no packed data set: it has no dataset.json. Did you mean {str(inner)!r}?"
+    if inner := folders_with(root, "dataset.json"):
+        return f"{root} is no packed data set: it has no dataset.json. Did you mean {str(inner[0])!r}?"
     return (
         f"{root} is no packed data set: it has no dataset.json. Pack one with `python -m flow.pack`, or images with "
         "`python -m flow.images`; if a pack was stopped, run it again to finish."

@@ -66,7 +66,7 @@ def scan_shards(root: Path) -> tuple[dict[str, Any], Arrays]:
     if not paths:
         raise ShardError(f"{root} holds no shard-*.tar. Pack a data set there with `python -m flow.pack`.")
     videos: dict[str, tuple[int, list[ClipEntry]]] = {}
-    for number, path in enumerate(tqdm(paths, desc="reading places", unit="shard", delay=1, disable=None)):
+    for number, path in enumerate(tqdm(paths, desc="indexing", unit="shard", delay=1, disable=None)):
         for video_id, clips in _videos(path):
             if video_id in videos:
                 raise ShardError(f"{video_id} stands in {paths[videos[video_id][0]].name} and again in {path.name}.")

@@ -17,7 +17,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from flow.command import did_you_mean, nearest, nearest_path
+from flow.command import did_you_mean, folders_with, nearest, nearest_path
 from flow.shard import write_bytes
 from flow.untrusted import read_bounded
 
@@ -296,7 +296,9 @@ def resolve_config(name_or_file: str | Path, overrides: Sequence[str] = ()) -> C
     flat = _flatten(_read_yaml(_find_config(name_or_file)))
     for override in overrides:
         key, equals, text = override.partition("=")
-        _require(bool(equals), f"override {override!r} is not of the form key=value, for example temporal.steps=300.")
+        if not equals:
+            example = f"A config is named by --config {key}" if key in config_names() else "Example: temporal.steps=300"
+            raise ValueError(f"override {override!r:.200} is not of the form key=value. {example}.")
         try:
             flat[key.strip()] = _parse_yaml(text)
         except ValueError as error:
@@ -319,8 +321,8 @@ def _nearest_run(path: Path) -> str:
     """Which run may be meant by the folder of a config that is not there."""
     if near := nearest_path(path.parent):
         return near
-    inner = sorted(path.parent.glob(f"*/{path.name}"))
-    around = [config.parent for config in (path.parent.parent / path.name, *inner) if config.exists()]
+    run = path.parent
+    around = [run.parent] * (run.parent / path.name).exists() + folders_with(run, path.name)
     return f" Did you mean {str(around[0])!r}?" if around else " Give a run folder of `python -m train.launch`."
 
 
