@@ -62,19 +62,18 @@ def test_help_tells_what_a_command_does_and_every_option(path, monkeypatch, caps
             if action.help != argparse.SUPPRESS and not isinstance(action, argparse._SubParsersAction):
                 assert action.help, f"{parser.prog}: {action.option_strings or action.dest} has no help"
                 assert all(option in text for option in action.option_strings)
-    for example in re.findall(r"^  python (.*)", printed[0].epilog or "", re.M):
-        check_example(example.split(), printed[0])
+    for name, words in re.findall(r"^ +python -m ([\w.]+)(.*)", printed[0].epilog or "", re.M):
+        check_example(name, words.split(), printed[0])
 
 
-def check_example(words, parser):
+def check_example(name, words, parser):
     """An example in the help names a command of ours, and options that it has."""
-    name = words[1]
     assert Path(*name.split(".")).with_suffix(".py") in COMMANDS
     if f"python -m {name}" == parser.prog:
         known = {
             option for inner in parsers_in(parser) for action in inner._actions for option in action.option_strings
         }
-        assert {word for word in words[2:] if word.startswith("--")} <= known
+        assert {word for word in words if word.startswith("--")} <= known
 
 
 def test_what_is_a_command_is_found():

@@ -492,7 +492,7 @@ def test_a_pack_of_other_videos_is_not_gone_on_with(videos, tmp_path, capsys):
         (["--size", "4"], "size_px=4"),
         (["--workers", "0"], "num_workers=0"),
         (["--set", "gamma"], "expected key=value"),
-        (["--set", "FinestScal=1"], "did you mean FinestScale"),
+        (["--set", "FinestScal=1"], "Did you mean 'FinestScale'"),
         (["--dataset", "hmdb51"], "needs its official list files"),
     ],
 )
