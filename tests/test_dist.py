@@ -84,6 +84,8 @@ def test_a_run_of_two_processes_has_the_losses_and_scores_of_one(packed, tmp_pat
         logs = [read_log(tmp_path / str(num_procs) / stream / "log.jsonl") for num_procs in (1, 2)]
         one, two = ([(record["step"], record["loss"], record["lr"]) for record in log] for log in logs)
         np.testing.assert_allclose(one, two, rtol=1e-4)
+        right = [sum(8 * record["accuracy_pct"] / 100 for record in log) for log in logs]  # of 10 batches of 8
+        assert right[0] > 10 and abs(right[0] - right[1]) <= 1  # where two outputs are as good as equal
         for part in ("train", "test"):
             one, two = (read_scores(scores_path(tmp_path / str(n), stream, part)) for n in (1, 2))
             np.testing.assert_allclose(one.scores, two.scores, atol=1e-4)

@@ -84,11 +84,25 @@ def test_every_log_line_has_loss_rate_throughput_and_wait(uninterrupted):
     assert [record["step"] for record in records] == list(range(1, 11))
     assert [record["lr"] for record in records] == [0.01] * 6 + [0.001] * 4
     for record in records:
-        assert set(record) == {"step", "loss", "lr", "samples_per_s", "data_wait_pct"}
+        assert set(record) == {"step", "loss", "accuracy_pct", "lr", "samples_per_s", "data_wait_pct"}
         assert math.isfinite(record["loss"])
         assert record["samples_per_s"] > 0
         assert 0 <= record["data_wait_pct"] <= 100
     assert list((uninterrupted / "temporal").glob("events.out.tfevents.*"))
+
+
+def test_the_accuracy_of_a_log_line_is_that_of_the_batch_of_its_loss(packed, tmp_path, monkeypatch):
+    """Not of the steps between two lines: a resumed run would know only some of them."""
+    shares, judge = [], engine.count_correct
+
+    def counted(logits, labels, *others):
+        shares.append(100 * np.mean(logits.detach().numpy().argmax(1) == labels.numpy()))
+        return judge(logits, labels, *others)
+
+    monkeypatch.setattr(engine, "count_correct", counted)
+    train(tiny_config(packed, train__log_every=4), "spatial", tmp_path)
+    found = {record["step"]: record["accuracy_pct"] for record in read_log(tmp_path / "log.jsonl")}
+    assert found == {step: shares[step - 1] for step in (4, 8, 10)} and len(set(shares)) > 1
 
 
 def test_both_loaders_train_alike(packed, tmp_path, uninterrupted):
@@ -145,12 +159,12 @@ def test_a_checkpoint_that_explodes_is_put_aside(packed, tmp_path, monkeypatch, 
     update, done = engine.update, []
 
     def spoiled(model, *arguments):
-        loss = update(model, *arguments)
+        judged = update(model, *arguments)
         done.append(1)
         if len(done) == 8:
             for parameter in model.parameters():
                 parameter.data *= 1e12
-        return loss
+        return judged
 
     config = tiny_config(packed, train__keep_checkpoints=keep, train__log_every=log_every)
     aside = "it is now checkpoint.pt.damaged, and the same command goes on from the one before it"
@@ -178,10 +192,10 @@ def test_a_weight_that_is_not_finite_is_never_saved(packed, tmp_path, monkeypatc
 
     def spoiled(model, optimizer, lr, batch, *arguments):
         drawn.append(sorted(set(open_index(packed).video_ids(batch.draw.video))))
-        loss = update(model, optimizer, lr, batch, *arguments)
+        judged = update(model, optimizer, lr, batch, *arguments)
         if len(drawn) == step:
             next(model.parameters()).data[0] = math.nan
-        return loss
+        return judged
 
     monkeypatch.setattr(engine, "update", spoiled)
     what = "the loss is nan at step 6" if step == 5 else "weights are not finite after step 8"

@@ -22,7 +22,7 @@ from train.evaluate import scores_path
 from train.log import read_log
 from train.model import build_net, start_from
 from train.scores import read_scores
-from train.tasks import batch_shares, open_tasks, tasks_loss
+from train.tasks import batch_shares, count_correct, open_tasks, tasks_loss
 
 SPEC = StreamSpec(stream="temporal", L=3, crop_px=48)
 
@@ -121,6 +121,21 @@ def test_the_loss_is_the_sum_of_each_tasks_mean():
     torch.testing.assert_close((parts[0] + parts[1]) / 2, expected)
     of_ranks = [torch.autograd.grad(part, logits, retain_graph=True)[0] for part in parts]
     torch.testing.assert_close((of_ranks[0] + of_ranks[1]) / 2, gradient)
+
+
+def test_a_sample_is_right_if_the_highest_of_its_own_tasks_outputs_is_its_label():
+    logits = torch.tensor(
+        [
+            [9.0, 0, 0, 0, 0],  # task 0, label 0: right
+            [0.0, 1, 0, 9, 0],  # task 0, label 1: right, the other task's output is higher
+            [0.0, 0, 1, 9, 0],  # task 0, label 0: wrong, though its own label is the highest of task 1
+            [9.0, 0, 0, 0, 1],  # task 1, label 1: right
+            [9.0, 0, 0, 1, 0],  # task 1, label 1: wrong
+        ]
+    )
+    task, labels = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([0, 1, 0, 1, 1])
+    assert count_correct(logits, labels, task, [3, 2]).item() == 3
+    assert count_correct(logits[:3], labels[:3], None, [5]).item() == 1  # one softmax layer over all
 
 
 def test_added_classes_follow_the_sets_own(packed, other, tmp_path):

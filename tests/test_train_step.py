@@ -63,7 +63,7 @@ def test_what_is_timed_is_what_trains(packed, tmp_path, monkeypatch):
     found, update = [], engine.update
 
     def recorded(*arguments):
-        found.append(update(*arguments).item())
+        found.append(update(*arguments)[0].item())
 
     monkeypatch.setattr(trainee, "update", recorded)
     timed = trainee.Trainee(config, len(index.classes), ALONE)

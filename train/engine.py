@@ -38,9 +38,12 @@ from train.log import TrainLog
 from train.meter import GpuTimeline, Meter
 from train.model import LAST_LAYER, build_net, build_optimizer, check_init, compute_logits, start_from, stream_spec
 from train.schedule import learning_rate
-from train.tasks import Tasks, batch_shares, check_untouched, open_tasks, samples_of_tasks, tasks_loss
+from train.tasks import Tasks, batch_shares, check_untouched, count_correct, open_tasks, samples_of_tasks, tasks_loss
 
 logger = logging.getLogger(__name__)
+
+#: Loss, and number of samples that are right.
+Judged = tuple[Tensor, Tensor]
 
 #: Keeps the draws of several data sets apart under one seed.
 SEEDS_APART = 2**40
@@ -125,7 +128,7 @@ def train_stream(config: Config, stream: str, index: Index, folder: Path, world:
         net.compile()
     model = world.wrap(net.train(), bucket_mb=train.bucket_mb, gradient_compression=train.gradient_compression)
     guard = LossGuard(stream, path, start_step, world, lambda rows: _video_ids(rows, tasks, shares, world))
-    compute_loss = _loss_of(tasks, shares, world)
+    judge = _judge_of(tasks, shares, world)
     with (
         _train_loader(config, stream, tasks, shares, start_step, world) as loader,
         _open_log(folder, start_step, world) as log,
@@ -146,11 +149,12 @@ def train_stream(config: Config, stream: str, index: Index, folder: Path, world:
             masks = net.draw_masks(
                 train.seed, step, batch_size=train.batch_size, rank=world.rank, world_size=world.world_size
             )
-            loss = update(model, optimizer, lr, batch, masks, config, compute_loss)
-            guard.add(done, loss, batch.draw.video)
+            guard.add(done, *update(model, optimizer, lr, batch, masks, config, judge), batch.draw.video)
             meter.count(train.batch_size)
             if done % train.log_every == 0 or done == schedule.steps:
-                record = {"step": done, "loss": guard.look(), "lr": lr, **meter.lap()}
+                loss, num_correct = guard.look()
+                accuracy_pct = 100 * num_correct / train.batch_size
+                record = {"step": done, "loss": loss, "accuracy_pct": accuracy_pct, "lr": lr, **meter.lap()}
                 if config.data.on_damage == "skip":
                     record["num_replaced"] = loader.num_replaced
                 if log is not None:
@@ -164,18 +168,19 @@ def train_stream(config: Config, stream: str, index: Index, folder: Path, world:
                 guard.saved = done
 
 
-def mean_loss(logits: Tensor, batch: Batch) -> Tensor:
-    """Mean cross-entropy of a slice; slices are equal."""
-    return F.cross_entropy(logits, batch.labels)
+def judge_slice(logits: Tensor, batch: Batch) -> Judged:
+    """Mean cross-entropy of a slice, slices are equal; and how many of its samples are right."""
+    return F.cross_entropy(logits, batch.labels), count_correct(logits, batch.labels, None, [logits.shape[1]])
 
 
-def _loss_of(tasks: Tasks, shares: Sequence[int], world: World) -> Callable[[Tensor, Batch], Tensor]:
-    """The loss of a stream's tasks, or the plain one of a single data set."""
+def _judge_of(tasks: Tasks, shares: Sequence[int], world: World) -> Callable[[Tensor, Batch], Judged]:
+    """The judge of a stream's tasks, or the plain one of a single data set."""
     if len(tasks.sets) == 1:
-        return mean_loss
-    num_samples = samples_of_tasks(tasks, shares)
-    return lambda logits, batch: tasks_loss(
-        logits, batch.labels, batch.task, tasks.num_outputs, num_samples, world.world_size
+        return judge_slice
+    num_outputs, num_samples = tasks.num_outputs, samples_of_tasks(tasks, shares)
+    return lambda logits, batch: (
+        tasks_loss(logits, batch.labels, batch.task, num_outputs, num_samples, world.world_size),
+        count_correct(logits, batch.labels, batch.task, num_outputs),
     )
 
 
@@ -198,22 +203,23 @@ def update(
     batch: Batch,
     masks: tuple[Tensor, ...],
     config: Config,
-    compute_loss: Callable[[Tensor, Batch], Tensor] = mean_loss,
-) -> Tensor:
-    """One SGD update on this rank's slice of the global batch. Returns the slice's loss before it, a scalar.
+    judge: Callable[[Tensor, Batch], Judged] = judge_slice,
+) -> Judged:
+    """One SGD update on this rank's slice of the global batch.
 
-    compute_loss: of (logits, batch), such that its mean over the ranks is the global batch's loss: their gradients are
-    averaged by the wrapped model.
+    judge: of (logits, batch), whose loss is such that its mean over the ranks is the global batch's: their gradients
+    are averaged by the wrapped model.
+    Returns the slice's loss before the update, and how many of its samples were right; scalars, on the device.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
-    loss = compute_loss(compute_logits(model, batch.inputs, masks, config), batch)
+    loss, num_correct = judge(compute_logits(model, batch.inputs, masks, config), batch)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     if config.train.clip_grad_norm is not None:  # the gradients, and so their norm, are the same in every process
         nn.utils.clip_grad_norm_(model.parameters(), config.train.clip_grad_norm)
     optimizer.step()
-    return loss.detach()
+    return loss.detach(), num_correct
 
 
 def _train_loader(

@@ -26,7 +26,8 @@ MAX_LOSS = 1e3
 class LossGuard:
     """Keeps each step's loss on the device until the next look, and what the batch was made of.
 
-    To ask for the loss of every step would wait for the device in every step.
+    To ask for the loss of every step would wait for the device in every step. How many samples were right, which goes
+    with the loss into the log, waits there too.
 
     Args:
         checkpoint: where the run's checkpoints are. saved: step of the newest, 0 if there is none.
@@ -38,29 +39,33 @@ class LossGuard:
     ) -> None:
         self._stream, self._checkpoint, self._world, self._video_ids = stream, checkpoint, world, video_ids
         self.saved = saved
-        self._steps: list[tuple[int, Tensor, Ints]] = []
-        self._loss = math.nan
+        self._steps: list[tuple[int, Tensor, Tensor, Ints]] = []
+        self._newest = math.nan, 0
         self._rows: Ints = np.empty(0, np.int64)
 
-    def add(self, step: int, loss: Tensor, rows: Ints) -> None:
-        """Note this process's loss, a scalar on the device, and the videos of update `step`, from 1."""
-        self._steps.append((step, loss, rows))
+    def add(self, step: int, loss: Tensor, num_correct: Tensor, rows: Ints) -> None:
+        """Note this process's loss and number of right samples, scalars on the device, and the videos of update `step`,
+        from 1.
+        """
+        self._steps.append((step, loss, num_correct, rows))
 
-    def look(self) -> float:
-        """Mean loss of the newest global batch; on a GPU this waits for the step.
+    def look(self) -> tuple[float, int]:
+        """Mean loss of the newest global batch, and how many of its samples were right. On a GPU this waits for it.
 
         Raises FloatingPointError, in every process, if that of any step since the last look is not finite or exceeds
         MAX_LOSS; OSError if the checkpoint whose weights gave it cannot be put aside.
         """
         if self._steps:
-            steps, losses, rows = zip(*self._steps, strict=True)
+            steps, losses, corrects, rows = zip(*self._steps, strict=True)
             self._steps = []
-            means = (self._world.sum(torch.stack(losses).double()) / self._world.world_size).tolist()
+            counted = torch.stack([*losses, corrects[-1].float()]).double()
+            *sums, num_correct = self._world.sum(counted).tolist()
+            means = [total / self._world.world_size for total in sums]
             for step, loss, videos in zip(steps, means, rows, strict=True):
                 if not abs(loss) <= MAX_LOSS:  # NaN is neither
                     raise self._error(f"the loss is {loss:g} at step {step}", videos, of_saved=step == self.saved + 1)
-            self._loss, self._rows = means[-1], rows[-1]
-        return self._loss
+            self._newest, self._rows = (means[-1], int(num_correct)), rows[-1]
+        return self._newest
 
     def check_weights(self, net: nn.Module, step: int) -> None:
         """Raise FloatingPointError if a weight is not finite after update `step`, whose loss has been looked at."""

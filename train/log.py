@@ -21,11 +21,13 @@ _MAX_LOG_BYTES = 1 << 30
 class TrainLog:
     """Appends one record a line to `folder/log.jsonl` and the same numbers to TensorBoard event files.
 
-        {"step": 40, "loss": 1.62, "lr": 0.01, "samples_per_s": 251.3, "data_wait_pct": 3.1}
+        {"step": 40, "loss": 1.62, "accuracy_pct": 39.1, "lr": 0.01, "samples_per_s": 251.3, "data_wait_pct": 3.1}
 
-    A record's `step` is the number of updates done; `num_replaced`, with data.on_damage=skip, counts the damaged
-    samples that process 0 has replaced since it began. A log that is opened to continue after update `start_step`
-    first loses the lines beyond it, which the stopped run wrote after its last checkpoint.
+    A record's `step` is the number of updates done. `loss` and `accuracy_pct` are of the last global batch before it,
+    as it was trained on, with dropout and drawn crops: the share of its samples with the highest output at their label.
+    Logs of older releases have no `accuracy_pct`. `num_replaced`, with data.on_damage=skip, counts the damaged samples
+    that process 0 has replaced since it began. A log that is opened to continue after update `start_step` first loses
+    the lines beyond it, which the stopped run wrote after its last checkpoint.
     """
 
     def __init__(self, folder: Path, start_step: int) -> None:

@@ -190,3 +190,15 @@ def tasks_loss(
         entropy = F.cross_entropy(columns, labels.where(mine, 0), reduction="none")
         loss = loss + (entropy * mine).sum() * (world_size / num_samples[t])
     return loss
+
+
+def count_correct(logits: Tensor, labels: Tensor, task: Tensor | None, num_outputs: Sequence[int]) -> Tensor:
+    """How many samples have the highest of their own task's outputs at their label; arguments as of `tasks_loss`.
+
+    Returns a scalar, on the device: nobody waits for it.
+    """
+    correct = torch.zeros_like(labels, dtype=torch.bool)
+    for t, columns in enumerate(torch.split(logits, list(num_outputs), dim=1)):
+        right = columns.argmax(1) == labels
+        correct |= right if task is None else right & (task == t)
+    return correct.sum()

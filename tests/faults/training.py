@@ -542,14 +542,14 @@ def _spoil_weights(step: int, factor: float) -> None:
 
     update, done = engine.update, []
 
-    def spoiled(model: torch.nn.Module, *arguments: object) -> torch.Tensor:
-        loss = update(model, *arguments)
-        done.append(loss)
+    def spoiled(model: torch.nn.Module, *arguments: object) -> object:
+        judged = update(model, *arguments)
+        done.append(judged)
         if len(done) == step:
             with torch.no_grad():
                 for parameter in model.parameters():
                     parameter *= factor
-        return loss
+        return judged
 
     engine.update = spoiled
 

@@ -251,7 +251,9 @@ def exported_nets() -> list[bytes]:
 
 @cache
 def logs() -> list[bytes]:
-    return [b'{"step": 20, "loss": 1.5, "lr": 0.01, "samples_per_s": 251.3, "data_wait_pct": 3.1}\n']
+    return [
+        b'{"step": 20, "loss": 1.5, "accuracy_pct": 40.6, "lr": 0.01, "samples_per_s": 251.3, "data_wait_pct": 3.1}\n'
+    ]
 
 
 @cache
