@@ -9,10 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:75rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a}
-.table{overflow-x:auto}table{border-collapse:collapse}th,td{padding:.2rem .7rem;text-align:left;border-bottom:1px solid
-#ccc}img{max-width:100%;height:auto}figure{margin:.5rem 0}figcaption{font-size:.87em;color:#444;overflow-wrap:anywhere}
-code,pre{background:#f2f2f2}pre{padding:.7rem;overflow-x:auto;font-size:.87em}p,li{overflow-wrap:anywhere}
-.columns{display:grid;gap:.5rem 1.5rem;grid-template-columns:repeat(auto-fill,minmax(min(100%,var(--least)),1fr))}"""
+h1,h2,h3{line-height:1.25;overflow-wrap:anywhere}h1{font-size:1.7em}h2{font-size:1.25em;margin:2.2rem 0 .6rem;
+padding-top:.7rem;border-top:1px solid #ddd}h3{font-size:1em;margin:1.4rem 0 .4rem}p,li{overflow-wrap:anywhere}
+p,ul{max-width:48rem}.table,.wide{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
+th,td{padding:.2rem 1.4rem .2rem 0;text-align:left;vertical-align:top;border-bottom:1px solid #ddd}
+img{max-width:100%;height:auto}figure{margin:.5rem 0}figcaption{font-size:.87em;color:#444;overflow-wrap:anywhere}
+code,pre{background:#f4f4f4}pre{padding:.7rem;overflow-x:auto;font-size:.87em}summary{cursor:pointer}
+.columns{display:grid;gap:.5rem 1.5rem;grid-template-columns:repeat(auto-fill,minmax(min(100%,var(--least)),1fr))}
+.columns>div{min-width:0}@media(max-width:600px){body{margin:1rem auto}th,td{padding-right:.8rem;font-size:.93em}}"""
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,8 @@ class Text:
 
 @dataclass(frozen=True)
 class Grid:
+    """A table; where all of its head is empty, HTML has none."""
+
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
 
@@ -44,11 +50,16 @@ class Image:
 
 @dataclass(frozen=True)
 class Picture:
-    """An image that is part of the page itself. mime: such as "image/svg+xml" or "image/jpeg"."""
+    """An image that is part of the page itself.
+
+    mime: such as "image/svg+xml" or "image/jpeg". least_px: it is drawn no narrower, and moves sideways where the
+    screen is; 0: as narrow as the screen.
+    """
 
     content: bytes
     mime: str
     caption: str
+    least_px: int = 0
 
     @property
     def uri(self) -> str:
@@ -71,13 +82,21 @@ class Code:
 
 
 @dataclass(frozen=True)
+class Details:
+    """Blocks that are shown when the reader asks for them."""
+
+    summary: str
+    blocks: Sequence[Block]
+
+
+@dataclass(frozen=True)
 class Prose:
     """Markdown that someone wrote: paragraphs, lists of lines that begin with "- ", `code` and **bold**; no more."""
 
     text: str
 
 
-Block = Heading | Text | Grid | Image | Picture | Columns | Code | Prose
+Block = Heading | Text | Grid | Image | Picture | Columns | Code | Details | Prose
 
 
 def to_markdown(blocks: Sequence[Block]) -> str:
@@ -96,6 +115,8 @@ def _markdown(block: Block) -> str:
         return f"![{block.caption}]({block.name if isinstance(block, Image) else block.uri})\n\n{block.caption}"
     if isinstance(block, Columns):
         return "\n\n".join(map(_markdown, block.blocks))
+    if isinstance(block, Details):
+        return "\n\n".join([block.summary, *map(_markdown, block.blocks)])
     if isinstance(block, Code):
         return f"```\n{block.text.rstrip()}\n```"
     lines = [block.head, ["---"] * len(block.head), *block.rows]
@@ -123,15 +144,22 @@ def _html(block: Block) -> str:
         return "\n".join(_prose(part) for part in re.split(r"\n\s*\n", block.text.strip()))
     if isinstance(block, Image | Picture):
         name, caption = html.escape(block.name if isinstance(block, Image) else block.uri), html.escape(block.caption)
-        return f'<figure><img src="{name}" alt="{caption}"><figcaption>{caption}</figcaption></figure>'
+        image = f'<img src="{name}" alt="{caption}">'
+        if isinstance(block, Picture) and block.least_px:
+            image = f'<div class="wide"><img src="{name}" alt="{caption}" style="min-width:{block.least_px}px"></div>'
+        return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
     if isinstance(block, Columns):
         body = "\n".join(f"<div>{_html(part)}</div>" for part in block.blocks)
         return f'<div class="columns" style="--least:{block.least_px}px">\n{body}\n</div>'
+    if isinstance(block, Details):
+        body = "\n".join(map(_html, block.blocks))
+        return f"<details><summary>{_inline(block.summary)}</summary>\n{body}\n</details>"
     if isinstance(block, Code):
         return f"<pre>{html.escape(block.text.rstrip())}</pre>"
     head = "".join(f"<th>{_inline(cell)}</th>" for cell in block.head)
+    head = f"<thead><tr>{head}</tr></thead>" if any(block.head) else ""
     rows = "\n".join(f"<tr>{''.join(f'<td>{_inline(cell)}</td>' for cell in row)}</tr>" for row in block.rows)
-    return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>\n{rows}\n</tbody></table></div>'
+    return f'<div class="table"><table>{head}<tbody>\n{rows}\n</tbody></table></div>'
 
 
 def _prose(part: str) -> str:

@@ -30,6 +30,7 @@ from train.disk import writing
 from train.dist import Machines, ProcessFailedError, World, launch
 from train.engine import CHECKPOINT, loader_module, loader_options
 from train.model import build_net, compute_logits, stream_spec
+from train.report import leave_report
 from train.scores import Scores, read_scores, score_file, write_scores
 from train.tasks import open_tasks
 
@@ -234,6 +235,10 @@ def _evaluate(world: World, config: Config, run: Path, force: bool) -> None:
                 scores = read_scores(path)
                 num_correct = int((scores.scores.argmax(1) == scores.labels).sum())
                 print(f"{stream}: {num_correct} of {len(scores.labels)} test videos correct; scores in {path}")
+    world.at(None)  # the last that is left to do
+    if world.is_main:
+        for path in leave_report(run):
+            print(f"wrote {path}")
 
 
 if __name__ == "__main__":

@@ -12,19 +12,23 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from flow.canvas import DPI, new_figure, save_png
 from flow.command import Parser, describe_error, did_you_mean, nearest_path
-from flow.untrusted import read_json
+from flow.untrusted import printable, read_json
 from train.config import STREAMS
 from train.flow_figures import draw_flow, draw_stacking
 from train.results import Ints, per_class_recall
 
-_MAX_RESULTS_BYTES = 1 << 29
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MAX_RESULTS_BYTES = 1 << 29
+_MAX_LABEL_CHARS = 80
 
 # --- what is drawn -----------------------------------------------------------------------------------------------
 
@@ -70,14 +74,14 @@ def read_confusion(results: Path, method: str) -> tuple[Ints, list[str], str]:
         what = "run `python -m train.fuse RUN` on its run first."
         raise FileNotFoundError(f"no results at {path}: {what}{nearest_path(results)}")
     try:
-        content = read_json(path, _MAX_RESULTS_BYTES)
+        content = read_json(path, MAX_RESULTS_BYTES)
         methods = dict(content["methods"])
         name = next(iter(methods)) if method == "average" and len(methods) == 1 else method
         found = methods.get(name)
         if found is not None:
             share = f"{found['accuracy_pct']:.1f} % of {found['num_videos']} videos"
-            caption = f"{found.get('title', name)}, {content['split_list']}: {share}"
-            classes = [str(name) for name in content["classes"]]
+            caption = printable(f"{found.get('title', name)}, {content['split_list']}: {share}")
+            classes = [printable(name, _MAX_LABEL_CHARS) for name in content["classes"]]
             confusion = np.array(found["confusion"], np.int64).reshape(len(classes), len(classes))
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path} is no results.json ({error!r:.200}); write it with `python -m train.fuse`.") from None
@@ -91,6 +95,21 @@ def read_confusion(results: Path, method: str) -> tuple[Ints, list[str], str]:
 
 
 def draw_filters(run: Path, path: Path, *, stream: str = "temporal") -> Path:
+    """`filters_figure` as a PNG."""
+    return save_png(filters_figure(run, stream), path)
+
+
+def draw_confusion(results: Path, path: Path, *, method: str = "average") -> Path:
+    """`confusion_figure` as a PNG."""
+    return save_png(confusion_figure(results, method), path)
+
+
+def draw_recall(results: Path, path: Path, *, method: str = "average") -> Path:
+    """`recall_figure` as a PNG."""
+    return save_png(recall_figure(results, method), path)
+
+
+def filters_figure(run: Path, stream: str) -> Figure:
     """Fig. 4: the first convolution's filters of a run's net, a column each; a row for each input channel.
 
     Raises FileNotFoundError if the stream has no checkpoint, ValueError if its first layer has no k x k filters.
@@ -111,7 +130,7 @@ def draw_filters(run: Path, path: Path, *, stream: str = "temporal") -> Path:
     figure = new_figure(max(6.5, left + width_in + 0.1), bottom + height_in + top)  # the caption's width at least
     total_in = figure.get_size_inches()
     axes = figure.add_axes((left / total_in[0], bottom / total_in[1], width_in / total_in[0], height_in / total_in[1]))
-    axes.imshow(np.ma.masked_invalid(sheet), cmap="gray", vmin=-1, vmax=1, interpolation="nearest", aspect="auto")
+    axes.imshow(np.ma.masked_invalid(sheet), cmap="gray", vmin=-1, vmax=1, interpolation="none", aspect="auto")
     tile_pt = 72 * scale * (side + 1) / DPI
     rows = np.arange(num_channels) * (side + 1) + (side - 1) / 2
     axes.set_yticks(rows, channel_names(stream, num_channels, checkpoint.config), fontsize=min(9, 0.8 * tile_pt))
@@ -120,7 +139,7 @@ def draw_filters(run: Path, path: Path, *, stream: str = "temporal") -> Path:
     axes.spines[:].set_visible(False)
     caption = f"{num_filters} filters of {side} x {side}; grey: 0, white: positive, each filter on its own scale"
     figure.text(left / total_in[0], 0.1 / total_in[1], caption, fontsize=9)
-    return save_png(figure, path)
+    return figure
 
 
 def channel_names(stream: str, num_channels: int, config: dict[str, Any]) -> list[str]:
@@ -133,7 +152,7 @@ def channel_names(stream: str, num_channels: int, config: dict[str, Any]) -> lis
     return [f"{kind}d{axis}{k}" for kind, k in steps for axis in "xy"]
 
 
-def draw_confusion(results: Path, path: Path, *, method: str = "average") -> Path:
+def confusion_figure(results: Path, method: str = "average") -> Figure:
     """Fig. 5: the confusion matrix, each row divided by its class's test videos. results: a run or its results.json."""
     confusion, classes, caption = read_confusion(results, method)
     K = len(classes)
@@ -142,11 +161,11 @@ def draw_confusion(results: Path, path: Path, *, method: str = "average") -> Pat
     figure = new_figure(side_in + 2.2, side_in + 1.4, layout="constrained")
     axes = figure.subplots()
     shares = confusion_shares(confusion)
-    drawn = axes.imshow(np.ma.masked_invalid(shares), cmap="Blues", vmin=0, vmax=1)
+    drawn = axes.imshow(np.ma.masked_invalid(shares), cmap="Blues", vmin=0, vmax=1, interpolation="none")
     axes.set_facecolor("0.85")
     if font_pt >= 5:
-        axes.set_xticks(range(K), classes, rotation=90, fontsize=font_pt)
-        axes.set_yticks(range(K), classes, fontsize=font_pt)
+        axes.set_xticks(range(K), classes, rotation=90, fontsize=font_pt, parse_math=False)
+        axes.set_yticks(range(K), classes, fontsize=font_pt, parse_math=False)
     if K <= 20:
         for (i, j), count in np.ndenumerate(confusion):
             if count:
@@ -154,12 +173,12 @@ def draw_confusion(results: Path, path: Path, *, method: str = "average") -> Pat
                 axes.text(j, i, str(count), ha="center", va="center", fontsize=9, color=color)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
-    axes.set_title(caption, fontsize=10)
+    axes.set_title(caption, fontsize=10, parse_math=False)
     figure.colorbar(drawn, shrink=0.5, pad=0.02, label="share of the class's videos")
-    return save_png(figure, path)
+    return figure
 
 
-def draw_recall(results: Path, path: Path, *, method: str = "average") -> Path:
+def recall_figure(results: Path, method: str = "average") -> Figure:
     """Fig. 6: recall of each class, best first. results: a run folder or its results.json."""
     confusion, classes, caption = read_confusion(results, method)
     names, recalls = zip(*sorted_recalls(confusion, classes), strict=True)
@@ -169,12 +188,12 @@ def draw_recall(results: Path, path: Path, *, method: str = "average") -> Path:
     axes = figure.subplots()
     axes.bar(range(len(names)), 100 * np.array(recalls), width=0.8, color="tab:blue")
     if font_pt >= 5:
-        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=font_pt)
+        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=font_pt, parse_math=False)
     axes.set(xlim=(-0.6, len(names) - 0.4), ylim=(0, 100), ylabel="recall, %")
-    axes.set_title(caption, fontsize=10)
+    axes.set_title(caption, fontsize=10, parse_math=False)
     axes.grid(axis="y", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    return save_png(figure, path)
+    return figure
 
 
 # --- the command -------------------------------------------------------------------------------------------------

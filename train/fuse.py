@@ -300,7 +300,12 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"error: {describe_error(error)}")
     print(report(results))
-    print("\nwrote:", *write_results(results, out), sep="\n  ")
+    wrote = write_results(results, out)
+    if out == options.folders[0]:  # a run's own results
+        from train.report import leave_report  # which imports this module
+
+        wrote += leave_report(run_of(out))
+    print("\nwrote:", *wrote, sep="\n  ")
 
 
 if __name__ == "__main__":

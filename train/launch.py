@@ -30,6 +30,8 @@ from train.evaluate import evaluate_stream, scored
 from train.fuse import fuse_runs, report, write_results
 from train.interrupt import ending_at_once
 from train.origin import write_origin
+from train.report import NAME as REPORT
+from train.report import leave_report
 
 
 def open_run(run: Path, config: Config, resume: str) -> None:
@@ -52,7 +54,7 @@ def open_run(run: Path, config: Config, resume: str) -> None:
         for pattern in (f"{CHECKPOINT}*", "log.jsonl", "scores_*.npz", "events.out.tfevents.*", "results.*"):
             for path in (path for stream in STREAMS for path in (run / stream).rglob(pattern)):
                 path.unlink()
-        for name in ("results.json", "results.txt"):
+        for name in ("results.json", "results.txt", REPORT):
             (run / name).unlink(missing_ok=True)
     with writing(stored_path):
         run.mkdir(parents=True, exist_ok=True)
@@ -140,7 +142,7 @@ def _conclude(config: Config, run: Path) -> None:
         print(report(results), end="\n\n")
         with writing(folder / "results.json"):
             wrote += write_results(results, folder)
-    print("wrote:", *wrote, sep="\n  ")
+    print("wrote:", *wrote, *leave_report(run), sep="\n  ")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,371 @@
+"""A run on one page: `python -m train.report RUN [RUN ...]` writes RUN/report.html, which needs no other file.
+
+What is not there yet, or damaged, is left out with a sentence that says why: a report never fails the run that it
+reports on.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from flow.canvas import to_svg
+from flow.command import Parser, nearest_path
+from flow.page import Block, Code, Columns, Details, Grid, Heading, Picture, Text, plural, to_html
+from flow.shard import write_bytes
+from flow.untrusted import printable, read_bounded, read_json
+from train.config import STREAMS, Config, read_config, to_flat
+from train.confused import show_confused, worst_confused
+from train.curves import draw_curves
+from train.figures import MAX_RESULTS_BYTES, confusion_figure, filters_figure, recall_figure
+from train.fuse import find_sources, fuse_runs
+from train.log import read_log
+from train.origin import NAME as ORIGIN
+from train.origin import read_made_on, read_origin
+from train.scores import read_scores, score_file
+
+logger = logging.getLogger(__name__)
+
+NAME = "report.html"
+_MAX_CONFIG_BYTES = 1 << 20
+#: Pairs of classes that are listed where the matrix has too many to be read.
+_NUM_CONFUSIONS = 10
+_READABLE_CLASSES = 20
+_PCT = "\u00a0%"  # never at the beginning of a line
+
+
+# --- the files ---------------------------------------------------------------------------------------------------
+
+
+def write_report(run: Path) -> Path:
+    """Write the run's report.html, of what is there. Returns its path. Raises OSError if it cannot be written."""
+    write_bytes(run / NAME, to_html(report_blocks(run)).encode("utf-8", "backslashreplace"))
+    return run / NAME
+
+
+def leave_report(run: Path) -> list[Path]:
+    """`write_report` at the end of a command that has done its work: what hinders it is logged. Returns its path."""
+    try:
+        return [write_report(run)]
+    except Exception as error:  # whatever it is, it is no reason to fail
+        logger.warning("%s is not written: %s", run / NAME, error)
+        return []
+
+
+def report_blocks(run: Path) -> list[Block]:
+    """The whole page."""
+    lead = [sentence for part in (_what, _when, _headline) if (sentence := _sentence(part, run))]
+    blocks: list[Block] = [Heading(run.resolve().name, 1), Text(" ".join(lead) or "Nothing is known of this run.")]
+    for title, section in SECTIONS.items():
+        blocks.append(Heading(title))
+        blocks += _guarded(section, run)
+    return blocks
+
+
+def _guarded(section: Callable[..., list[Block]], *arguments: Any) -> list[Block]:
+    """A section's blocks, or in their place why there are none."""
+    try:
+        return section(*arguments)
+    except Exception as error:  # what a damaged file may bring to light has no bounds
+        return [Text(f"Left out: {printable(error or type(error).__name__, 1000)}")]
+
+
+def _sentence(part: Callable[[Path], str], run: Path) -> str:
+    """A part of the first paragraph, or nothing: the sections below say why."""
+    try:
+        return part(run)
+    except Exception:
+        return ""
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+def _config(run: Path) -> Config:
+    return read_config(_there(run / "config.yaml", "`train.launch` writes it when a run begins."))
+
+
+def _results(folder: Path) -> dict[str, Any]:
+    path = _there(
+        folder / "results.json",
+        "it comes at the end of `train.launch`; from scores that are there, `python -m train.fuse` makes it.",
+    )
+    return dict(read_json(path, MAX_RESULTS_BYTES))
+
+
+def _there(path: Path, how: str) -> Path:
+    if not path.exists():
+        raise FileNotFoundError(f"there is no {path.name} yet: {how}")
+    return path
+
+
+def _streams(run: Path) -> list[str]:
+    """Streams of which the run has anything."""
+    return [stream for stream in STREAMS if (run / stream).is_dir()]
+
+
+def _logs(run: Path) -> dict[str, list[dict[str, Any]]]:
+    return {stream: read_log(run / stream / "log.jsonl") for stream in _streams(run) if _has_log(run, stream)}
+
+
+def _has_log(run: Path, stream: str) -> bool:
+    return (run / stream / "log.jsonl").exists()
+
+
+def _main_method(methods: Mapping[str, Any]) -> str:
+    """The fused scores; of one stream alone, its own. Averaging has nothing fitted to it."""
+    return "average" if "average" in methods else next(iter(methods))
+
+
+# --- the first paragraph -----------------------------------------------------------------------------------------
+
+
+def _what(run: Path) -> str:
+    config = _config(run)
+    streams, logs = config.train.streams, _logs(run)
+    try:
+        origin = read_origin(run, config)
+        data = f"{origin.name or origin.root} ({len(origin.classes)} classes)"
+    except ValueError:
+        data = config.data.root
+    steps = list(dict.fromkeys(_steps(logs.get(stream, []), config.stream(stream).steps) for stream in streams))
+    nets = f"The {streams[0]} net" if len(streams) == 1 else "Both nets"
+    width = f" at {config.model.width:g} of its width" if config.model.width != 1 else ""
+    return (
+        f"{nets}, CNN-M{width}, trained on {config.data.train_list or config.data.split} of {printable(data)} for "
+        f"{' and '.join(steps)} steps of {plural(config.train.batch_size, 'sample')}."
+    )
+
+
+def _steps(log: Sequence[Mapping[str, Any]], steps: int) -> str:
+    done = log[-1]["step"] if log else 0
+    return f"{steps:,}" if done >= steps else f"{done:,} of {steps:,}"
+
+
+def _when(run: Path) -> str:
+    """From the names of the TensorBoard files, and the rates in the logs."""
+    names = [path.name for path in run.glob("*/events.out.tfevents.*")]
+    begun = min(int(found[1]) for name in names if (found := re.search(r"tfevents\.(\d{10})\.", name)))
+    batch_size, seconds = _config(run).train.batch_size, 0.0
+    for log in _logs(run).values():
+        for former, line in zip([{"step": 0}, *log], log, strict=False):
+            seconds += (line["step"] - former["step"]) * batch_size / line["samples_per_s"]
+    return f"Begun on {datetime.fromtimestamp(begun, UTC):%Y-%m-%d at %H:%M} UTC; training took {_duration(seconds)}."
+
+
+def _duration(seconds: float) -> str:
+    for unit_s, unit in ((86_400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * unit_s:
+            return f"{seconds / unit_s:.{int(unit_s > 60)}f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
+def _headline(run: Path) -> str:
+    methods = _results(run)["methods"]
+    found = methods[_main_method(methods)]
+    low, high = found["interval_95_pct"]
+    videos = plural(found["num_videos"], "test video")
+    return (
+        f"**{printable(found['title'])}: {found['accuracy_pct']:.1f}{_PCT}** of {videos} right "
+        f"(95{_PCT} interval {low:.1f} to {high:.1f}{_PCT})."
+    )
+
+
+# --- sections ----------------------------------------------------------------------------------------------------
+
+
+def _result(run: Path) -> list[Block]:
+    if _config(run).eval.num_taus == 0 and not (run / "results.json").exists():
+        return [Text("This run has no test (`eval.num_taus=0`): its net serves as another's beginning.")]
+    blocks = _result_table(run)
+    if stale := _guarded(_stale, run):
+        blocks += stale
+    for stream in _streams(run):
+        for number, root in enumerate(_config(run).stream(stream).extra_roots, 1):
+            task = run / stream / f"task{number}"
+            if (task / "results.json").exists():
+                blocks.append(Heading(f"The {stream} net on a further data set, {printable(root)}", 3))
+                blocks += _guarded(_result_table, task)
+    return blocks
+
+
+def _result_table(folder: Path) -> list[Block]:
+    """results.json as the table that `train.results.report` prints."""
+    content = _results(folder)
+    rows, with_top5 = [], any("top5_pct" in found for found in content["methods"].values())
+    for method, found in content["methods"].items():
+        low, high = found["interval_95_pct"]
+        title = printable(found["title"]) + (f" (C = {content['svm_C']:g})" if method == "svm" else "")
+        share = f"{found['num_correct']}/{found['num_videos']}"
+        row = [title, share, f"{found['accuracy_pct']:.1f}{_PCT}", f"{low:.1f} to {high:.1f}{_PCT}"]
+        rows.append(row + [f"{found['top5_pct']:.1f}{_PCT}"] * with_top5)
+    head = ["", "correct", "accuracy", f"95{_PCT} interval"] + ["top\u00a05"] * with_top5
+    what = f"{content['split_list']}, {plural(len(content['labels']), 'video')}, {len(content['classes'])} classes"
+    blocks: list[Block] = [Grid(head, rows), Text(printable(what) + ".")]
+    return blocks + ([Text(f"No SVM: {printable(content['no_svm'], 1000)}")] if content["no_svm"] else [])
+
+
+def _stale(run: Path) -> list[Block]:
+    """A sentence if the scores are not those that results.json was made of."""
+    of = {source["name"]: source["checkpoint"] for source in _results(run)["sources"]}
+    for stream in of.keys() & set(_streams(run)):
+        path = score_file(run / stream, "test")
+        if path.exists() and read_scores(path).checkpoint != of[stream]:
+            return [Text(f"The {stream} scores are newer than this table: `python -m train.fuse` makes it again.")]
+    return []
+
+
+def _training(run: Path) -> list[Block]:
+    logs = _logs(run)
+    if not any(logs.values()):
+        raise FileNotFoundError(
+            "there is no log.jsonl yet: `train.launch` writes its first line a few steps after start."
+        )
+    return draw_curves(logs)
+
+
+def _confusion(run: Path) -> list[Block]:
+    content = _results(run)
+    method = _main_method(content["methods"])
+    classes = content["classes"]
+    matrix = _picture(
+        confusion_figure(run, method), "Confusion matrix: a row is a true class.", len(classes) > _READABLE_CLASSES
+    )
+    recall = _picture(recall_figure(run, method), "Recall of each class, best first.", len(classes) > _READABLE_CLASSES)
+    if len(classes) <= _READABLE_CLASSES:
+        return [Columns([matrix, recall], least_px=420)]
+    confusion = content["methods"][method]["confusion"]
+    pairs = [(row[j], i, j) for i, row in enumerate(confusion) for j in range(len(classes)) if i != j and row[j]]
+    worst = sorted(pairs, key=lambda pair: (-pair[0], pair[1:]))[:_NUM_CONFUSIONS]
+    rows = [[str(count), printable(classes[i]), printable(classes[j])] for count, i, j in worst]
+    return [matrix, Text("Most frequent confusions:"), Grid(["videos", "true", "predicted"], rows), recall]
+
+
+def _picture(figure: Any, caption: str, is_wide: bool = False) -> Picture:
+    """A figure; a wide one keeps the size at which it can be read, and moves sideways on a phone."""
+    return Picture(to_svg(figure), "image/svg+xml", caption, round(70 * figure.get_figwidth()) if is_wide else 0)
+
+
+def _worst(run: Path) -> list[Block]:
+    config = _config(run)
+    find_sources([run])  # raises what says how they are made
+    results = fuse_runs([run], config.fuse, svm=False)
+    method = _main_method(results.scores)
+    videos = worst_confused(results, method)
+    if not videos:
+        return [Text("None: every test video is recognised.")]
+    num_wrong = int((results.predicted[method] != results.labels).sum())
+    which = f"The {len(videos)} worst of " if num_wrong > len(videos) else "All "
+    said = (
+        f"{which}{plural(num_wrong, 'misclassified test video')}, by how far the predicted class is above the true one "
+        f"in the scores of {printable(results.titles[method])}."
+    )
+    return [Text(said), *show_confused(videos, config.data.root, results.dataset)]
+
+
+def _filters(run: Path) -> list[Block]:
+    blocks: list[Block] = []
+    for stream in _streams(run):
+        blocks += _guarded(_filters_of, run, stream)
+    if not blocks:
+        raise FileNotFoundError(
+            "there is no checkpoint yet: `train.launch` writes one every `train.checkpoint_every` steps."
+        )
+    return blocks
+
+
+def _filters_of(run: Path, stream: str) -> list[Block]:
+    figure = filters_figure(run, stream)
+    return [_picture(figure, f"{stream}: a column is a filter, a row an input channel.", is_wide=True)]
+
+
+def _setup(run: Path) -> list[Block]:
+    config = _config(run)
+    origin = read_origin(run, config)
+    flow = origin.flow or {}
+    size = f"{origin.size_px} px, the smaller side" if origin.size_px else "as another tool left them"
+    rows = [
+        ["data set", f"{origin.name or 'unnamed'}, {origin.root}"],
+        ["fingerprint", f"`{origin.fingerprint}`"],
+        ["classes", f"{len(origin.classes)}"],
+        ["frames", size],
+        ["flow", _plain({key: value for key, value in flow.items() if key != "parameters"}) or "none"],
+        ["parameters", _plain(flow.get("parameters") or {}) or "none"],
+        ["codec", _plain(origin.codec)],
+    ]
+    return [Grid(["", ""], [[name, printable(value, 1000)] for name, value in rows])]
+
+
+def _plain(values: Mapping[str, Any]) -> str:
+    said = {key: f"{value:g}" if isinstance(value, float) else value for key, value in values.items()}
+    return ", ".join(f"{key} {value}" for key, value in said.items() if value is not None)
+
+
+def _resolved(run: Path) -> list[Block]:
+    text = read_bounded(_there(run / "config.yaml", "`train.launch` writes it when a run begins."), _MAX_CONFIG_BYTES)
+    default, own = to_flat(Config()), to_flat(_config(run))
+    rows = [
+        [f"`{key}`", printable(value), printable(default[key])] for key, value in own.items() if value != default[key]
+    ]
+    return [
+        Text("What differs from the defaults, which are the paper's:"),
+        Grid(["setting", "this run", "default"], rows),
+        Details("The whole config", [Code(text.decode("utf-8", "replace"))]),
+    ]
+
+
+def _machine(run: Path) -> list[Block]:
+    made_on = read_made_on(run)
+    if not made_on:
+        return [Text(f"Not known: there is no {ORIGIN}, which `train.launch` writes, or it is damaged.")]
+    found = [{**here["machine"], **here["versions"], "commit": _short(here["commit"])} for here in made_on]
+    keys = list(dict.fromkeys(key for here in found for key in here))
+    rows = [[key, *(_cell(here.get(key)) for here in found)] for key in keys]
+    head = [""] + ([""] if len(found) == 1 else [f"{number}." for number in range(1, len(found) + 1)])
+    return [Grid([*head], rows)]
+
+
+def _short(commit: str) -> str:
+    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{28}\b", r"\1", commit)
+
+
+def _cell(value: object) -> str:
+    return printable(", ".join(map(str, value)) or "none" if isinstance(value, list) else value)
+
+
+SECTIONS: dict[str, Callable[[Path], list[Block]]] = {
+    "Result": _result,
+    "Training": _training,
+    "Confusion and recall": _confusion,
+    "Worst-confused test videos": _worst,
+    "First-layer filters": _filters,
+    "Data": _setup,
+    "Config": _resolved,
+    "Machine and versions": _machine,
+}
+
+
+# --- the command -------------------------------------------------------------------------------------------------
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line: write the report of each run."""
+    parser = Parser(prog="python -m train.report", description="Write a run's report.html, of what is there already.")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder of train.launch")
+    options = parser.parse_args(arguments)
+    try:
+        for run in options.runs:
+            if not (run / "config.yaml").exists():
+                raise ValueError(f"{run} is no run folder: it has no config.yaml.{nearest_path(run)}")
+            print(f"wrote {write_report(run)}")
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
