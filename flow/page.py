@@ -16,7 +16,7 @@ th,td{padding:.2rem 1.4rem .2rem 0;text-align:left;vertical-align:top;border-bot
 img{max-width:100%;height:auto}figure{margin:.5rem 0}figcaption{font-size:.87em;color:#444;overflow-wrap:anywhere}
 code,pre{background:#f4f4f4}pre{padding:.7rem;overflow-x:auto;font-size:.87em}summary{cursor:pointer}
 .columns{display:grid;gap:.5rem 1.5rem;grid-template-columns:repeat(auto-fill,minmax(min(100%,var(--least)),1fr))}
-.columns>div{min-width:0}@media(max-width:600px){body{margin:1rem auto}th,td{padding-right:.8rem;font-size:.93em}}"""
+.columns>div{min-width:0}@media(max-width:600px){body{margin:1rem auto}th,td{padding-right:.6rem;font-size:.93em}}"""
 
 
 @dataclass(frozen=True)

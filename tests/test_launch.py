@@ -31,7 +31,9 @@ def test_a_run_leaves_its_results_and_names_them(finished, packed_demo, capfd):
     for title in fuse.TITLES.values():
         assert title in printed
     named = [line.strip() for line in printed.split("wrote:")[1].splitlines() if line]
-    assert set(named) >= {str(finished / name) for name in ("config.yaml", "results.json", "spatial/checkpoint.pt")}
+    assert set(named) >= {
+        str(finished / name) for name in ("config.yaml", "results.json", "report.html", "spatial/checkpoint.pt")
+    }
     for path in map(finished.joinpath, named):
         assert path.is_file()
     results = json.loads((finished / "results.json").read_text())
@@ -41,8 +43,10 @@ def test_a_run_leaves_its_results_and_names_them(finished, packed_demo, capfd):
 
 def test_the_last_steps_can_be_repeated_alone(finished, capsys):
     before = (finished / "results.json").read_bytes()
-    evaluate.main([str(finished), "--force"])
-    fuse.main([str(finished)])
+    for again in (lambda: evaluate.main([str(finished), "--force"]), lambda: fuse.main([str(finished)])):
+        (finished / "report.html").unlink()
+        again()
+        assert (finished / "report.html").is_file()
     assert "temporal: " in capsys.readouterr().out
     assert (finished / "results.json").read_bytes() == before
 
@@ -78,7 +82,14 @@ def test_starting_over_deletes_the_old_run_and_nothing_else(packed, tmp_path):
     open_run(run, tiny_config(packed), "auto")
     (run / "spatial").mkdir()
     checkpoints = [f"spatial/checkpoint.pt{suffix}" for suffix in ("", ".1", ".tmp", ".damaged")]
-    for name in (*checkpoints, "spatial/scores_test.npz", "results.json", "notes.txt", "spatial/notes.txt"):
+    for name in (
+        *checkpoints,
+        "spatial/scores_test.npz",
+        "results.json",
+        "report.html",
+        "notes.txt",
+        "spatial/notes.txt",
+    ):
         (run / name).write_text("old")
     open_run(run, tiny_config(packed, train__seed=1), "never")
     assert read_config(run / "config.yaml").train.seed == 1

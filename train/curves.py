@@ -78,7 +78,7 @@ def points(log: Log, key: str) -> tuple[list[float], list[float], int] | None:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300  # NaN is not
 
 
 def _draw(chart: Chart, curves: Mapping[str, tuple[list[float], list[float], int]]) -> Figure:

@@ -23,7 +23,7 @@ from train.config import STREAMS, Config, read_config, to_flat
 from train.confused import show_confused, worst_confused
 from train.curves import draw_curves
 from train.figures import MAX_RESULTS_BYTES, confusion_figure, filters_figure, recall_figure
-from train.fuse import find_sources, fuse_runs
+from train.fuse import fuse_runs
 from train.log import read_log
 from train.origin import NAME as ORIGIN
 from train.origin import read_made_on, read_origin
@@ -71,12 +71,14 @@ def _guarded(section: Callable[..., list[Block]], *arguments: Any) -> list[Block
     """A section's blocks, or in their place why there are none."""
     try:
         return section(*arguments)
+    except (ValueError, OSError, ImportError) as error:
+        return [Text(f"Left out: {printable(error, 1000)}")]
     except Exception as error:  # what a damaged file may bring to light has no bounds
-        return [Text(f"Left out: {printable(error or type(error).__name__, 1000)}")]
+        return [Text(f"Left out, for a file is damaged: {printable(repr(error), 1000)}")]
 
 
 def _sentence(part: Callable[[Path], str], run: Path) -> str:
-    """A part of the first paragraph, or nothing: the sections below say why."""
+    """What the part says, or nothing where a file is missing or damaged: the section that needs it says why."""
     try:
         return part(run)
     except Exception:
@@ -95,7 +97,10 @@ def _results(folder: Path) -> dict[str, Any]:
         folder / "results.json",
         "it comes at the end of `train.launch`; from scores that are there, `python -m train.fuse` makes it.",
     )
-    return dict(read_json(path, MAX_RESULTS_BYTES))
+    try:
+        return dict(read_json(path, MAX_RESULTS_BYTES))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error!r:.200}. `python -m train.fuse` makes it again.") from None
 
 
 def _there(path: Path, how: str) -> Path:
@@ -109,12 +114,17 @@ def _streams(run: Path) -> list[str]:
     return [stream for stream in STREAMS if (run / stream).is_dir()]
 
 
-def _logs(run: Path) -> dict[str, list[dict[str, Any]]]:
-    return {stream: read_log(run / stream / "log.jsonl") for stream in _streams(run) if _has_log(run, stream)}
-
-
-def _has_log(run: Path, stream: str) -> bool:
-    return (run / stream / "log.jsonl").exists()
+def _logs(run: Path) -> tuple[dict[str, list[dict[str, Any]]], list[Block]]:
+    """Stream -> records of its log; and what is to say of logs that are damaged."""
+    logs: dict[str, list[dict[str, Any]]] = {}
+    said: list[Block] = []
+    for stream in _streams(run):
+        try:
+            if (run / stream / "log.jsonl").exists():
+                logs[stream] = read_log(run / stream / "log.jsonl")
+        except (ValueError, OSError) as error:
+            said.append(Text(f"The {stream} log is left out: {printable(error, 1000)}"))
+    return logs, said
 
 
 def _main_method(methods: Mapping[str, Any]) -> str:
@@ -127,7 +137,7 @@ def _main_method(methods: Mapping[str, Any]) -> str:
 
 def _what(run: Path) -> str:
     config = _config(run)
-    streams, logs = config.train.streams, _logs(run)
+    streams, (logs, _) = config.train.streams, _logs(run)
     try:
         origin = read_origin(run, config)
         data = f"{origin.name or origin.root} ({len(origin.classes)} classes)"
@@ -152,7 +162,7 @@ def _when(run: Path) -> str:
     names = [path.name for path in run.glob("*/events.out.tfevents.*")]
     begun = min(int(found[1]) for name in names if (found := re.search(r"tfevents\.(\d{10})\.", name)))
     batch_size, seconds = _config(run).train.batch_size, 0.0
-    for log in _logs(run).values():
+    for log in _logs(run)[0].values():
         for former, line in zip([{"step": 0}, *log], log, strict=False):
             seconds += (line["step"] - former["step"]) * batch_size / line["samples_per_s"]
     return f"Begun on {datetime.fromtimestamp(begun, UTC):%Y-%m-%d at %H:%M} UTC; training took {_duration(seconds)}."
@@ -183,8 +193,8 @@ def _result(run: Path) -> list[Block]:
     if _config(run).eval.num_taus == 0 and not (run / "results.json").exists():
         return [Text("This run has no test (`eval.num_taus=0`): its net serves as another's beginning.")]
     blocks = _result_table(run)
-    if stale := _guarded(_stale, run):
-        blocks += stale
+    if stale := _sentence(_stale, run):
+        blocks.append(Text(stale))
     for stream in _streams(run):
         for number, root in enumerate(_config(run).stream(stream).extra_roots, 1):
             task = run / stream / f"task{number}"
@@ -202,31 +212,29 @@ def _result_table(folder: Path) -> list[Block]:
         low, high = found["interval_95_pct"]
         title = printable(found["title"]) + (f" (C = {content['svm_C']:g})" if method == "svm" else "")
         share = f"{found['num_correct']}/{found['num_videos']}"
-        row = [title, share, f"{found['accuracy_pct']:.1f}{_PCT}", f"{low:.1f} to {high:.1f}{_PCT}"]
-        rows.append(row + [f"{found['top5_pct']:.1f}{_PCT}"] * with_top5)
+        top5 = [f"{found['top5_pct']:.1f}{_PCT}"] if with_top5 else []
+        rows.append([title, share, f"{found['accuracy_pct']:.1f}{_PCT}", f"{low:.1f} to {high:.1f}{_PCT}", *top5])
     head = ["", "correct", "accuracy", f"95{_PCT} interval"] + ["top\u00a05"] * with_top5
     what = f"{content['split_list']}, {plural(len(content['labels']), 'video')}, {len(content['classes'])} classes"
     blocks: list[Block] = [Grid(head, rows), Text(printable(what) + ".")]
     return blocks + ([Text(f"No SVM: {printable(content['no_svm'], 1000)}")] if content["no_svm"] else [])
 
 
-def _stale(run: Path) -> list[Block]:
+def _stale(run: Path) -> str:
     """A sentence if the scores are not those that results.json was made of."""
     of = {source["name"]: source["checkpoint"] for source in _results(run)["sources"]}
     for stream in of.keys() & set(_streams(run)):
         path = score_file(run / stream, "test")
         if path.exists() and read_scores(path).checkpoint != of[stream]:
-            return [Text(f"The {stream} scores are newer than this table: `python -m train.fuse` makes it again.")]
-    return []
+            return f"The {stream} scores are newer than this table: `python -m train.fuse` makes it again."
+    return ""
 
 
 def _training(run: Path) -> list[Block]:
-    logs = _logs(run)
-    if not any(logs.values()):
-        raise FileNotFoundError(
-            "there is no log.jsonl yet: `train.launch` writes its first line a few steps after start."
-        )
-    return draw_curves(logs)
+    logs, said = _logs(run)
+    if any(logs.values()):
+        return said + draw_curves(logs)
+    return said or [Text("There is no log.jsonl yet: `train.launch` writes one, a line every `train.log_every` steps.")]
 
 
 def _confusion(run: Path) -> list[Block]:
@@ -253,7 +261,6 @@ def _picture(figure: Any, caption: str, is_wide: bool = False) -> Picture:
 
 def _worst(run: Path) -> list[Block]:
     config = _config(run)
-    find_sources([run])  # raises what says how they are made
     results = fuse_runs([run], config.fuse, svm=False)
     method = _main_method(results.scores)
     videos = worst_confused(results, method)
@@ -308,6 +315,11 @@ def _plain(values: Mapping[str, Any]) -> str:
 
 def _resolved(run: Path) -> list[Block]:
     text = read_bounded(_there(run / "config.yaml", "`train.launch` writes it when a run begins."), _MAX_CONFIG_BYTES)
+    whole = Details("The whole config", [Code(text.decode("utf-8", "replace"))])
+    return [*_guarded(_differences, run), whole]
+
+
+def _differences(run: Path) -> list[Block]:
     default, own = to_flat(Config()), to_flat(_config(run))
     rows = [
         [f"`{key}`", printable(value), printable(default[key])] for key, value in own.items() if value != default[key]
@@ -315,7 +327,6 @@ def _resolved(run: Path) -> list[Block]:
     return [
         Text("What differs from the defaults, which are the paper's:"),
         Grid(["setting", "this run", "default"], rows),
-        Details("The whole config", [Code(text.decode("utf-8", "replace"))]),
     ]
 
 
