@@ -11,7 +11,8 @@ import pytest
 
 from flow.page import Heading, Picture, to_html
 from tests.tiny import made_run
-from train.report import SECTIONS, write_report
+from train.report import write_report
+from train.report_parts import SECTIONS
 
 #: Width and height in px, and how many pixels of the screen one of them is.
 SCREENS = {"desktop": (1280, 900, 1), "phone": (390, 844, 2)}
