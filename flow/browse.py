@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from flow.command import Parser, nearest_path
+from flow.command import Parser, describe_error, nearest_path
 from flow.page import Block, Columns, Grid, Heading, Picture, Prose, Text, plural, to_html
 from flow.resume import BAD_NAME
 from flow.shard import write_bytes
@@ -221,6 +221,13 @@ Show what a packed set holds: a page with frame, dx, dy and colour-coded flow of
 set's statistics: counts, bytes, frames per video, motion of each class, short, missing and damaged videos.
 The page is one file that needs no network.""",
         epilog="""\
+examples:
+  python -m flow.browse packed --out packed.html
+  python -m flow.browse packed --classes Archery Surfing --per-class 5
+  python -m flow.browse packed --json
+
+exit code: 0 done; 1 damage was found; 2 nothing could be done, the message says why
+
 --json prints an object with the keys
   root, name, flow, codec, backward, size_px [smallest, largest], splits {list: videos}
   num_classes, num_videos, num_frames, num_fields, num_backward_fields
@@ -230,9 +237,7 @@ The page is one file that needs no network.""",
     less_mean_px_per_frame, num_fields, num_videos, size_px} or null without fields}]
   short {L, no_stack, no_field {num_videos, first}} or null for images
   left_out {num_bad, first_bad [{video, reason}], num_missing}
-  damaged_videos (of those looked at), damages [line], num_verified (images that --verify checked) or null
-
-Exit code 1: damage was found. 2: error.""",
+  damaged_videos (of those looked at), damages [line], num_verified (images that --verify checked) or null""",
     )
     parser.add_argument("root", type=Path, metavar="DIR", help="folder of a packed set; nothing is written to it")
     output = parser.add_mutually_exclusive_group()
@@ -280,7 +285,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             write_page(packed, found, sheet, bool(options.classes), options.out)
     except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {describe_error(error)}", file=sys.stderr)
         return 2
     if not options.json:
         print(*damages, sep="\n", end="\n" * bool(damages))

@@ -198,7 +198,7 @@ def _parser() -> argparse.ArgumentParser:
         "--method",
         choices=list(FLOW_METHODS),
         default=DEFAULT_METHOD,
-        help="of flow; %(default)s by default: the fastest on a CPU; the README says which to choose when",
+        help="of flow; %(default)s by default: the fastest on a CPU; docs/flow.md says which to choose when",
     )
     frames.add_argument(
         "--set",

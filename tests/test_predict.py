@@ -243,7 +243,7 @@ def test_the_command_goes_on_after_a_bad_video(folder, tmp_path, capsys, monkeyp
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["{run}s", "x.avi"], "is no run folder: it has no config.yaml. Did you mean '.*run'"),
+        (["{run}s", "x.avi"], "is no run folder: no config.yaml. Did you mean '.*run'"),
         (["{run}", "x.avi", "y.avi", "--render", "o.mp4"], "with 2 videos: render one at a time"),
         (["{run}", "x.avi", "--render", "o.webm"], "give a name that ends in .mp4"),
         (["{run}", "x.avi", "--every", "0"], "seconds from window to window are positive"),

@@ -27,7 +27,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from flow.command import Parser, nearest_path
+from flow.command import Parser, describe_error
 from flow.shard import check_class_name, publish
 from flow.untrusted import open_regular, parse_json, printable
 from nets.cnn_m import CNNM
@@ -253,24 +253,25 @@ def main(arguments: list[str] | None = None) -> None:
     """Command line: export a run's streams and say how equal they are."""
     parser = Parser(
         prog="python -m train.export",
-        description=__doc__,
-        epilog=f"use of the files, STREAM being spatial or temporal:\n\n{USE}",
+        description="Write a run's nets for use without this project: STREAM.safetensors, the weights and what\n"
+        "to know of them, and STREAM.pt2, a graph of torch from inputs to scores. Each is read back, and\n"
+        "its scores held against the net's, before it gets its name.",
+        epilog="example:\n  python -m train.export runs/ucf101\n\n"
+        "exit code: 0 exported; 1 failed, the last line says why\n\n"
+        f"use of the files, STREAM being spatial or temporal:\n\n{USE}",
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder of train.launch")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the files; default RUN/export")
-    parser.add_argument("--streams", nargs="+", choices=STREAMS, help="default: those of the run")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the files (default: RUN/export)")
+    parser.add_argument("--streams", nargs="+", choices=STREAMS, help="which nets (default: all of the run)")
     options = parser.parse_args(arguments)
     try:
         _export(options)
     except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {describe_error(error)}")
 
 
 def _export(options: argparse.Namespace) -> None:
-    path = options.run / "config.yaml"
-    if not path.is_file():
-        raise ValueError(f"{options.run} is no run folder of train.launch: it has no config.yaml.{nearest_path(path)}")
-    config = read_config(path)
+    config = read_config(options.run / "config.yaml")
     for stream in tqdm(options.streams or config.train.streams, desc="export", unit="stream", disable=None):
         exported = export_stream(options.run, config, stream, options.out or options.run / "export")
         training = exported.metadata["training"]

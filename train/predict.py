@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from flow.command import Parser, nearest_path
+from flow.command import Parser, describe_error, nearest_path
 from flow.extract import FLOW_METHODS
 from flow.untrusted import printable
 from train.config import STREAMS
@@ -18,15 +18,15 @@ from train.timeline import draw_timeline, render_timeline, spans
 
 __all__ = ["Predictor", "main"]
 
-_EXAMPLES = """
+_EXAMPLES = """\
 examples:
-  python -m train.predict runs/ucf101 video.mp4                     the top five, as the evaluation scores test videos
-  python -m train.predict runs/ucf101 *.mp4 --fast --json > scores.json
+  python -m train.predict runs/ucf101 video.mp4
+  python -m train.predict runs/ucf101 one.mp4 two.mp4 --fast --json
   python -m train.predict runs/ucf101 long.mp4 --timeline --every 2
   python -m train.predict runs/ucf101 video.mp4 --render out.mp4
 
-Exit code 0; 1 if a video could not be used, which does not keep the others from being scored, or on any other error.
-"""
+exit code: 0 scored; 1 a video could not be used, though the others were scored,
+  or nothing could be: the last line says why"""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
             method=options.method,
         )
     except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {describe_error(error)}")
     found = [_predict(predictor, video, options) for video in options.videos]
     if options.json:
         print(json.dumps({"run": str(options.run), "classes": predictor.classes, "videos": found}, indent=1))
@@ -52,8 +52,8 @@ def main(arguments: list[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m train.predict",
-        description="Score videos with a run's nets: frames and flow by the run's own method, 25 x 10 views of each "
-        "video, both streams averaged.",
+        description="Score videos with a run's nets: frames and flow by the run's own method, 25 x 10 views of\n"
+        "each video, both streams averaged.",
         epilog=_EXAMPLES,
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder of train.launch")
@@ -90,8 +90,6 @@ def _parser() -> argparse.ArgumentParser:
 
 def _check(options: argparse.Namespace) -> None:
     """Raise ValueError for what can be told wrong before a net is loaded."""
-    if not (options.run / "config.yaml").is_file():
-        raise ValueError(f"{options.run} is no run folder: it has no config.yaml.{nearest_path(options.run)}")
     if options.render and len(options.videos) > 1:
         raise ValueError(f"--render {options.render} with {len(options.videos)} videos: render one at a time.")
     if options.render and options.render.suffix.lower() != ".mp4":
@@ -129,8 +127,8 @@ def _predict(predictor: Predictor, video: Path, options: argparse.Namespace) -> 
             tell("wrote:", *wrote)
         return found
     except (ValueError, OSError) as error:
-        print(f"error: {printable(video)}: {error}", file=sys.stderr)
-        return {"video": str(video), "error": str(error)}
+        print(f"error: {printable(video)}: {describe_error(error)}", file=sys.stderr)
+        return {"video": str(video), "error": describe_error(error)}
 
 
 def describe(prediction: Prediction, k: int) -> str:

@@ -10,9 +10,10 @@ import logging
 import sys
 from pathlib import Path
 
-from flow.command import Parser, nearest_path
+from flow.command import Parser, describe_error
 from flow.page import Block, Heading, Text, to_html
 from flow.shard import write_bytes
+from train.config import read_config
 from train.report_parts import LEAD, SECTIONS, guarded, sentence
 
 logger = logging.getLogger(__name__)
@@ -47,16 +48,20 @@ def report_blocks(run: Path) -> list[Block]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line: write the report of each run."""
-    parser = Parser(prog="python -m train.report", description="Write a run's report.html, of what is there already.")
+    parser = Parser(
+        prog="python -m train.report",
+        description="Write a run's report.html, of what is there already: also while it trains, and for older runs.",
+        epilog="example:\n  python -m train.report runs/ucf101\n\nexit code: 0 written; 1 failed, the last line says why",
+    )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder of train.launch")
     options = parser.parse_args(arguments)
     try:
         for run in options.runs:
             if not (run / "config.yaml").exists():
-                raise ValueError(f"{run} is no run folder: it has no config.yaml.{nearest_path(run)}")
+                read_config(run / "config.yaml")  # tells which run may be meant; a damaged one has a report
             print(f"wrote {write_report(run)}")
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {describe_error(error)}")
 
 
 if __name__ == "__main__":
