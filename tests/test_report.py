@@ -387,7 +387,7 @@ def test_the_command_writes_the_report_of_each_run_and_names_the_nearest(run, tm
     runs = [shutil.copytree(run, tmp_path / name) for name in ("one", "two")]
     report.main(list(map(str, runs)))
     assert capsys.readouterr().out.splitlines() == [f"wrote {run / report.NAME}" for run in runs]
-    with pytest.raises(SystemExit, match="twp is no run folder: it has no config.yaml. Did you mean '.*/two'?"):
+    with pytest.raises(SystemExit, match="twp is no run folder: no config.yaml. Did you mean '.*/two'?"):
         report.main([str(tmp_path / "twp")])
 
 

@@ -51,7 +51,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = Parser(
         prog="python -m train.report",
         description="Write a run's report.html, of what is there already: also while it trains, and for older runs.",
-        epilog="example:\n  python -m train.report runs/ucf101\n\nexit code: 0 written; 1 failed, the last line says why",
+        epilog="example:\n  python -m train.report runs/ucf101\n\n"
+        "exit code: 0 written; 1 failed, the last line says why",
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder of train.launch")
     options = parser.parse_args(arguments)
