@@ -36,7 +36,7 @@ check: install       ## lint and type check
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: install       ## measure loader, training, scaling, flow; the README's figures: DATA=packed set VIDEOS=folder of clips
+bench: install       ## measure loader, training, scaling, flow; write the documents' tables: DATA=packed set VIDEOS=folder of clips
 	$(BIN)/python benchmarks/loader_throughput.py $(DATA:%=--data %)
 	$(BIN)/python benchmarks/footprint.py $(DATA:%=--data %)
 	$(BIN)/python benchmarks/train_step.py $(DATA:%=--data %)

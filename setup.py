@@ -5,6 +5,7 @@ from setuptools import find_packages, setup
 setup(
     name="two-stream",
     version="0.1.0",
+    license="Apache-2.0",
     description="Two-stream action recognition (Simonyan & Zisserman, NIPS 2014) built around a DALI loader",
     python_requires=">=3.11",
     packages=find_packages(include=["flow*", "loaders*", "nets*", "train*"]),

@@ -1,9 +1,10 @@
-"""Writes the tables of the README and of docs/reliability.md from benchmarks/results/*.json:
-`python benchmarks/readme.py`. A test compares them."""
+"""Writes the tables of the README and of docs/*.md from benchmarks/results/*.json: `python benchmarks/readme.py`. A
+table stands between the markers <!-- name --> and <!-- /name --> of a page. A test compares them."""
 
 import json
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -15,7 +16,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 UNKNOWN = "–"
 
 
-def accuracy_table(result: dict[str, Any]) -> str:
+def accuracy_short_table(result: dict[str, Any]) -> str:
+    """Accuracy of every method with its interval, and of what."""
     lines = ["| | accuracy | 95 % interval |", "| --- | --- | --- |"]
     for method in result["methods"].values():
         low, high = method["interval_95_pct"]
@@ -23,8 +25,14 @@ def accuracy_table(result: dict[str, Any]) -> str:
     seeds = "1 seed" if result["num_seeds"] == 1 else f"{result['num_seeds']} seeds"
     lines.append(
         f"\n{result['num_videos']} test videos from {result['num_sources']} sources, {seeds}; chance "
-        f"{result['chance_pct']:.0f} %. Intervals are bootstrapped over sources. Paired differences in points:\n"
+        f"{result['chance_pct']:.0f} %. Intervals are bootstrapped over sources."
     )
+    return "\n".join(lines)
+
+
+def accuracy_table(result: dict[str, Any]) -> str:
+    """The short table, and the paired differences of every two methods."""
+    lines = [accuracy_short_table(result) + " Paired differences in points:\n"]
     lines += ["| | difference | 95 % interval |", "| --- | --- | --- |"]
     for name, difference in result["differences"].items():
         low, high = difference["interval_95_pct"]
@@ -41,10 +49,38 @@ def confusion_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+#: Rows of the short table of throughput, and what each is.
+_SHORT_ROWS = {
+    "ours_k1": "this loader, as the paper samples",
+    "ours_k4": "this loader, decode once, stack 4",
+    "torch_dataloader": "torch `DataLoader` and OpenCV",
+    "dali_textbook": "DALI, a decoder for every channel",
+    "ceiling_decode": "ceiling: all cores decode, and do nothing else",
+}
+
+
+def throughput_short_table(result: dict[str, Any]) -> str:
+    """Medians of the rows that decide, a column a stream; and on what machine."""
+    config, machine = result["config"], result["machine"]
+    rates = {(row["stream"], row["name"]): row["samples_per_s"]["median"] for row in result["rows"] if "error" not in row}
+    lines = [
+        f"| samples/s | stacks of {config['L']} flow fields | RGB frames |",
+        "| --- | --- | --- |",
+    ]
+    for name, title in _SHORT_ROWS.items():
+        cells = [digits(rates.get((stream, name))) for stream in ("temporal", "spatial")]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    lines.append(
+        f"\nFloat32 crops of {config['crop_px']} px in batches of {config['batch_size']}, on {config['cores']} cores of "
+        f"{machine['cpu']} and {len(machine['gpus']) or 'no'} GPU."
+    )
+    return "\n".join(lines)
+
+
 def throughput_table(result: dict[str, Any]) -> str:
     """The chart that `charts.py` draws, and the figures of every row."""
     lines = [
-        "![samples per second of every row](benchmarks/results/loader_throughput.png)\n",
+        "![samples per second of every row](../benchmarks/results/loader_throughput.png)\n",
         "| stream | loader | samples/s, median (min to max) | to torch DataLoader | to the best peer "
         "| to `ceiling_decode` | CPU s per 1,000 | peak memory | read per sample |",
         "| --- |" + " --- |" * 8,
@@ -99,7 +135,7 @@ def scaling_table(result: dict[str, Any]) -> str:
     """The chart that `charts.py` draws, what was measured, and how well the model predicts it."""
     errors = {(e["mode"], e["data"], e["n"]): e["error_pct"] for e in result["model_error"]}
     lines = [
-        "![speed-up against the number of devices](benchmarks/results/scaling.png)\n",
+        "![speed-up against the number of devices](../benchmarks/results/scaling.png)\n",
         "| scaling | data | processes | batch | ms a step | speed-up | the model's error |",
         "| --- |" + " --- |" * 6,
     ]
@@ -249,36 +285,62 @@ def digits(value: float | None) -> str:
     return f"{value:,.0f}" if value >= 99.5 else f"{value:.1f}" if value >= 0.95 else f"{value:.2g}"
 
 
-#: Name of a pair of markers -> results file, and what makes the table of it.
-Tables = dict[str, tuple[str, Callable[[dict[str, Any]], str]]]
+def disk_table(extraction: dict[str, Any], throughput: dict[str, Any]) -> str:
+    """What UCF-101 would take: measured bytes of a field and of a frame, times its pairs of frames."""
+    pairs = extraction["ucf101_pairs"]
+    (frame,) = [
+        row["read_bytes_per_sample"]
+        for row in throughput["rows"]
+        if (row["stream"], row["name"]) == ("spatial", "ours_k1")
+    ]
+    lines = ["| | each | of UCF-101 |", "| --- | --- | --- |", f"| RGB frame | {num_bytes(frame)} | {num_bytes(frame * pairs)} |"]
+    for row in (row for row in extraction["rows"] if row.get("bytes_per_field")):
+        each = row["bytes_per_field"]
+        lines.append(f"| field by `{row['name']}` | {num_bytes(each)} | {num_bytes(each * pairs)} |")
+    float32 = 2 * 4 * math.prod(extraction["data"]["size_px"])
+    lines.append(f"| the same as float32 | {num_bytes(float32)} | {num_bytes(float32 * pairs)} |")
+    height, width = extraction["data"]["size_px"]
+    lines.append(f"\nOf {width}x{height} px, quality 90, measured on a few clips; {pairs / 1e6:.1f} million frames and fields.")
+    return "\n".join(lines)
 
-TABLES: Tables = {
-    "accuracy": ("accuracy_ucf101_mini.json", accuracy_table),
-    "confusion": ("accuracy_ucf101_mini.json", confusion_table),
-    "throughput": ("loader_throughput.json", throughput_table),
-    "windows": ("windows_accuracy.json", windows_table),
-    "footprint": ("footprint.json", footprint_table),
-    "train_step": ("train_step.json", train_step_table),
-    "scaling": ("scaling.json", scaling_table),
-    "flow_accuracy": ("flow_accuracy.json", flow_accuracy_table),
-    "flow_extraction": ("flow_extraction.json", flow_extraction_table),
-    "flow_choice": ("flow_choice.json", flow_choice_table),
+
+#: Name of a pair of markers -> results files, and what makes the table of them.
+Tables = dict[str, tuple[Sequence[str], Callable[..., str]]]
+
+PAGES: dict[str, Tables] = {
+    "README.md": {
+        "accuracy_short": (["accuracy_ucf101_mini"], accuracy_short_table),
+        "throughput_short": (["loader_throughput"], throughput_short_table),
+    },
+    "docs/accuracy.md": {
+        "accuracy": (["accuracy_ucf101_mini"], accuracy_table),
+        "confusion": (["accuracy_ucf101_mini"], confusion_table),
+    },
+    "docs/throughput.md": {
+        "throughput": (["loader_throughput"], throughput_table),
+        "windows": (["windows_accuracy"], windows_table),
+        "footprint": (["footprint"], footprint_table),
+        "train_step": (["train_step"], train_step_table),
+    },
+    "docs/several-gpus.md": {"scaling": (["scaling"], scaling_table)},
+    "docs/flow.md": {
+        "flow_accuracy": (["flow_accuracy"], flow_accuracy_table),
+        "flow_extraction": (["flow_extraction"], flow_extraction_table),
+        "flow_choice": (["flow_choice"], flow_choice_table),
+    },
+    "docs/troubleshooting.md": {"disk": (["flow_extraction", "loader_throughput"], disk_table)},
+    "docs/reliability.md": {
+        "faults": (["faults"], faults_table),
+        "soak": (["soak"], soak_table),
+        "fuzz": (["fuzz"], fuzz_table),
+    },
 }
-
-
-RELIABILITY: Tables = {
-    "faults": ("faults.json", faults_table),
-    "soak": ("soak.json", soak_table),
-    "fuzz": ("fuzz.json", fuzz_table),
-}
-
-PAGES = {"README.md": TABLES, "docs/reliability.md": RELIABILITY}
 
 
 def render(text: str, tables: Tables) -> str:
     """A page with every table between its markers written anew."""
-    for name, (file, table) in tables.items():
-        content = table(json.loads((RESULTS / file).read_text()))
+    for name, (files, table) in tables.items():
+        content = table(*(json.loads((RESULTS / f"{file}.json").read_text()) for file in files))
         # Spelled as a function: the table's backslashes are no escapes.
         block = f"<!-- {name} -->\n\n{content}\n\n<!-- /{name} -->"
         text, count = re.subn(rf"<!-- {name} -->.*?<!-- /{name} -->", lambda _, block=block: block, text, flags=re.S)
