@@ -1,9 +1,11 @@
 """Writes the tables of the README and of docs/*.md from benchmarks/results/*.json: `python benchmarks/readme.py`. A
 table stands between the markers <!-- name --> and <!-- /name --> of a page. A test compares them."""
 
+import argparse
 import json
 import math
 import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
@@ -62,7 +64,9 @@ _SHORT_ROWS = {
 def throughput_short_table(result: dict[str, Any]) -> str:
     """Medians of the rows that decide, a column a stream; and on what machine."""
     config, machine = result["config"], result["machine"]
-    rates = {(row["stream"], row["name"]): row["samples_per_s"]["median"] for row in result["rows"] if "error" not in row}
+    rates = {
+        (row["stream"], row["name"]): row["samples_per_s"]["median"] for row in result["rows"] if "error" not in row
+    }
     lines = [
         f"| samples/s | stacks of {config['L']} flow fields | RGB frames |",
         "| --- | --- | --- |",
@@ -71,8 +75,8 @@ def throughput_short_table(result: dict[str, Any]) -> str:
         cells = [digits(rates.get((stream, name))) for stream in ("temporal", "spatial")]
         lines.append(f"| {title} | {' | '.join(cells)} |")
     lines.append(
-        f"\nFloat32 crops of {config['crop_px']} px in batches of {config['batch_size']}, on {config['cores']} cores of "
-        f"{machine['cpu']} and {len(machine['gpus']) or 'no'} GPU."
+        f"\nFloat32 crops of {config['crop_px']} px in batches of {config['batch_size']}, on {config['cores']} cores "
+        f"of {machine['cpu']} and {len(machine['gpus']) or 'no'} GPU."
     )
     return "\n".join(lines)
 
@@ -293,14 +297,20 @@ def disk_table(extraction: dict[str, Any], throughput: dict[str, Any]) -> str:
         for row in throughput["rows"]
         if (row["stream"], row["name"]) == ("spatial", "ours_k1")
     ]
-    lines = ["| | each | of UCF-101 |", "| --- | --- | --- |", f"| RGB frame | {num_bytes(frame)} | {num_bytes(frame * pairs)} |"]
+    lines = [
+        "| | each | of UCF-101 |",
+        "| --- | --- | --- |",
+        f"| RGB frame | {num_bytes(frame)} | {num_bytes(frame * pairs)} |",
+    ]
     for row in (row for row in extraction["rows"] if row.get("bytes_per_field")):
         each = row["bytes_per_field"]
         lines.append(f"| field by `{row['name']}` | {num_bytes(each)} | {num_bytes(each * pairs)} |")
     float32 = 2 * 4 * math.prod(extraction["data"]["size_px"])
     lines.append(f"| the same as float32 | {num_bytes(float32)} | {num_bytes(float32 * pairs)} |")
     height, width = extraction["data"]["size_px"]
-    lines.append(f"\nOf {width}x{height} px, quality 90, measured on a few clips; {pairs / 1e6:.1f} million frames and fields.")
+    lines.append(
+        f"\nOf {width}x{height} px, quality 90, measured on a few clips; {pairs / 1e6:.1f} million frames and fields."
+    )
     return "\n".join(lines)
 
 
@@ -349,7 +359,13 @@ def render(text: str, tables: Tables) -> str:
     return text
 
 
-if __name__ == "__main__":
+def main(argv: list[str] | None = None) -> int:
+    argparse.ArgumentParser(description="Write the documents' tables from benchmarks/results.").parse_args(argv)
     for name, tables in PAGES.items():
         page = ROOT / name
         page.write_text(render(page.read_text(), tables))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
