@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from flow import demo
+from flow import demo, pool
 from flow.catalog import read_ucf101_lists
 from tests.conftest import random_video
 from tests.test_flow_dirs import write_fields, write_frames
@@ -297,6 +298,24 @@ def options_of(paths):
     return {*declared, *re.findall(r"^ +(--[\w-]+)\) ", text, re.M), "--help"}
 
 
+class InThisProcess:
+    """In the place of a pool of processes, which each take longer to start than all that they do here."""
+
+    def __init__(self, num_workers):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def start(self, function, task):
+        done = Future()
+        done.set_result(function(task))
+        return done
+
+
 @pytest.fixture(scope="module")
 def story(tmp_path_factory):
     """All documents, told."""
@@ -305,6 +324,7 @@ def story(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         patch.setattr(os, "sched_getaffinity", lambda _: {0})  # nets this small lose by threads, on a busy machine most
+        patch.setattr(pool, "_Pool", InThisProcess)
         patch.setattr(experiments, "RESULTS", place / "experiments")
         patch.setattr(experiments, "train", lambda arguments, *_: launch.main(arguments))
         accuracy, readme = (importlib.import_module(name) for name in ("accuracy", "readme"))
