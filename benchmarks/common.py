@@ -14,7 +14,7 @@ from train.provenance import describe  # noqa: E402
 
 
 def default_out(name: str, *, quick: bool = False, generated: bool = False, partial: bool = False) -> Path:
-    """Where a result goes if nobody says: benchmarks/results/NAME.json, of which the README is made. What is less, a
+    """Where a result goes if nobody says: benchmarks/results/NAME.json, of which the docs are made. What is less, a
     quick run, one on generated data, or one of fewer rows or rounds, stands beside it as NAME_quick.json and so on."""
     lesser = {"quick": quick, "generated": generated, "partial": partial}
     suffix = next((f"_{reason}" for reason, holds in lesser.items() if holds), "")

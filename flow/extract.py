@@ -1,6 +1,6 @@
 """Displacement fields from pairs of frames: a dict of methods, each with the exact parameters it runs with.
 
-What each costs and how far it is off: benchmarks/flow_accuracy.py and flow_extraction.py, and the README's table.
+What each costs and how far it is off: benchmarks/flow_accuracy.py and flow_extraction.py, and docs/flow.md.
 
     on the CPU               farneback, dis, tvl1, deepflow     of OpenCV
     on the CPU or a GPU      brox                               of ours (`flow.brox`), the paper's method (sec. 5)
