@@ -249,6 +249,8 @@ class Story:
         arguments = adapt(program, arguments)
         if program in RUN_BY:
             return check_options(program, arguments)
+        if words[0] != "python":
+            raise ValueError(f"{words[0]} is in no table of tests/test_docs.py: say what runs it, or why nothing does")
         module = program if words[1] == "-m" else Path(program).stem
         return importlib.import_module(module).main(arguments)
 
