@@ -41,15 +41,6 @@ NAMES = [
     *("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"),
 ]
 
-#: Modules that the documents speak of and the checkout may lack yet, with what else of each is named: skipped as long
-#: as it lacks them.
-COMING = {
-    "train.predict": {"--fast", "--json", "--timeline", "--render"},
-    "train.export": {"runs/ucf101/export/"},
-    "train.report": set(),
-    "flow.browse": {"--verify"},
-}
-
 # --- what stands for what ------------------------------------------------------------------------------------------
 
 #: Commands that only make sense elsewhere, with the reason. Beginnings of commands; each must stand in a document.
@@ -134,9 +125,9 @@ def prepare(place):
                 write_frames(place / "ILSVRC2012" / side / Path(video_id).parent, frames[:2], name=f"{side}{{:d}}.jpg")
 
 
-def is_missing(module):
-    """Whether it is not in this checkout; what else is installed does not count."""
-    return not (ROOT / module.replace(".", "/")).with_suffix(".py").exists()
+def is_module(name):
+    """Whether it is one in this checkout; what else is installed does not count."""
+    return (ROOT / name.replace(".", "/")).with_suffix(".py").exists()
 
 
 # --- documents -----------------------------------------------------------------------------------------------------
@@ -179,7 +170,7 @@ def test_every_document_is_told_of():
 
 @dataclass
 class Story:
-    """What became of the documents: failures and commands of absent modules by document, and what of ELSEWHERE was met.
+    """What became of the documents: failures by document, and what of ELSEWHERE was met.
 
     run: what was done already, and what was wrong with it. A command that stands in two documents is run once.
     """
@@ -187,7 +178,6 @@ class Story:
     place: Path
     failures: dict[str, list[str]] = field(default_factory=dict)
     elsewhere: set[str] = field(default_factory=set)
-    absent: dict[str, list[str]] = field(default_factory=dict)
     run: dict[str, str] = field(default_factory=dict)
 
     def tell(self, name, text):
@@ -220,10 +210,6 @@ class Story:
 
     def once(self, name, what, action):
         """Do it, unless it was done; note what fails."""
-        named = {module: [module, *(word for word in words if "/" in word)] for module, words in COMING.items()}
-        if any(word in what for module, words in named.items() if is_missing(module) for word in words):
-            self.absent.setdefault(name, []).append(what)
-            return
         if what not in self.run:
             self.run[what] = attempt(action)
         if self.run[what]:
@@ -355,8 +341,6 @@ def story(tmp_path_factory):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_command_runs(story, name):
     assert not story.failures[name], "\n\n".join(story.failures[name])
-    if name in story.absent:
-        pytest.skip(f"what these need is not there yet: {'; '.join(story.absent[name])}")
 
 
 def test_commands_that_are_run_elsewhere_stand_in_a_document(story):
@@ -417,12 +401,10 @@ SETTING = r"((?:data|model|spatial|temporal|train|eval|fuse|flow|loaders|nets)\.
 @pytest.mark.parametrize("name", NAMES)
 def test_options_and_settings_exist(name):
     keys, options = to_flat(Config()), options_of(path for path in SOURCES if path.suffix in (".py", ".sh"))
-    options.update(*(coming for module, coming in COMING.items() if is_missing(module)))
     for span in spans(name):
         assert set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", span)) <= options, f"{name}: {span}"
         for dotted, value in re.findall(rf"^{SETTING}$", span):
-            known = dotted in keys or dotted in COMING or not is_missing(dotted)
-            assert known, f"{name}: {span} is no setting and no module"
+            assert dotted in keys or is_module(dotted), f"{name}: {span} is no setting and no module"
             if value:
                 value = "=1" if value == "=k" else value
                 assert resolve_config("ucf101", ["spatial.init=CHECKPOINT", dotted + value]), f"{name}: {span}"
@@ -439,8 +421,7 @@ def test_files_exist(story, name):
     sources = "".join(path.read_text() for path in SOURCES if path.suffix == ".py" and path.name != Path(__file__).name)
     for file in re.findall(rf"`({FILE})(?:::\w+)?`", prose((ROOT / name).read_text())):
         known = any(path.endswith(f"/{file}") for path in there) or f'"{Path(file).name}"' in sources
-        comes = any(map(is_missing, COMING)) and re.search(r"\.(html|pt2|safetensors)$", file)
-        assert known or comes, f"{name} names {file}"
+        assert known, f"{name} names {file}"
 
 
 def test_the_license_is_said_alike():
