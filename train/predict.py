@@ -11,6 +11,7 @@ from typing import Any
 
 from flow.command import Parser, describe_error, nearest_path
 from flow.extract import FLOW_METHODS
+from flow.pool import interruptible
 from flow.untrusted import printable
 from train.config import STREAMS
 from train.predictor import FAST, FUSED, Prediction, Predictor, Timeline
@@ -34,6 +35,16 @@ def main(arguments: list[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
+        with interruptible():
+            _run(options)
+    except KeyboardInterrupt as stop:
+        print("Stopped.", file=sys.stderr)
+        sys.exit(128 + stop.args[0])
+
+
+def _run(options: argparse.Namespace) -> None:
+    """The work of `main`. SystemExit, with its message, if it fails."""
+    try:
         _check(options)
         predictor = Predictor(
             options.run,
@@ -46,7 +57,8 @@ def main(arguments: list[str] | None = None) -> None:
     found = [_predict(predictor, video, options) for video in options.videos]
     if options.json:
         print(json.dumps({"run": str(options.run), "classes": predictor.classes, "videos": found}, indent=1))
-    sys.exit(int(any("error" in entry for entry in found)))
+    if any("error" in entry for entry in found):
+        sys.exit(1)
 
 
 def _parser() -> argparse.ArgumentParser:
