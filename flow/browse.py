@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from flow.command import Parser, describe_error, nearest_path
+from flow.command import Parser, describe_error, nearest_path, tidy_end
 from flow.page import Block, Columns, Grid, Heading, Picture, Prose, Text, plural, to_html
 from flow.resume import BAD_NAME
 from flow.shard import write_bytes
@@ -239,7 +239,7 @@ exit code: 0 done; 1 damage was found; 2 nothing could be done, the message says
   left_out {num_bad, first_bad [{video, reason}], num_missing}
   damaged_videos (of those looked at), damages [line], num_verified (images that --verify checked) or null""",
     )
-    parser.add_argument("root", type=Path, metavar="DIR", help="folder of a packed set; nothing is written to it")
+    parser.add_argument("root", type=Path, metavar="DIR", help="folder of a packed set")
     output = parser.add_mutually_exclusive_group()
     output.add_argument(
         "--out", type=Path, default=Path("browse.html"), metavar="FILE", help="the page (default: %(default)s here)"
@@ -270,23 +270,12 @@ def _check_options(options: Any) -> None:
 def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     try:
-        _check_options(options)
-        packed = PackedSet(options.root)
-        labels = packed.labels_of(options.classes)
-        found = survey(packed, labels, options.seed, options.sample)
-        shown = labels if options.classes else labels[:MAX_CLASSES]
-        sheet = [] if options.json else contact_sheet(packed, shown, options.per_class, options.seed)
-        report = verify(options.root) if options.verify else None
-        damages = list(packed.damages | dict.fromkeys(report.damages if report else ()))
-        found |= {"damaged_videos": list(packed.damaged_videos), "damages": damages}
-        found["num_verified"] = report.num_members if report else None
-        if options.json:
-            print(json.dumps(found, indent=1))
-        else:
-            write_page(packed, found, sheet, bool(options.classes), options.out)
+        with tidy_end():
+            found = _browse(options)
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {describe_error(error)}", file=sys.stderr)
         return 2
+    damages = found["damages"]
     if not options.json:
         print(*damages, sep="\n", end="\n" * bool(damages))
         print(
@@ -294,6 +283,25 @@ def main(argv: list[str] | None = None) -> int:
             f"{plural(len(damages), 'damage')}"
         )
     return int(bool(damages))
+
+
+def _browse(options: Any) -> dict[str, Any]:
+    """Survey the set, and write the page or print the numbers. Returns these."""
+    _check_options(options)
+    packed = PackedSet(options.root)
+    labels = packed.labels_of(options.classes)
+    found = survey(packed, labels, options.seed, options.sample)
+    shown = labels if options.classes else labels[:MAX_CLASSES]
+    sheet = [] if options.json else contact_sheet(packed, shown, options.per_class, options.seed)
+    report = verify(options.root) if options.verify else None
+    damages = list(packed.damages | dict.fromkeys(report.damages if report else ()))
+    found |= {"damaged_videos": list(packed.damaged_videos), "damages": damages}
+    found["num_verified"] = report.num_members if report else None
+    if options.json:
+        print(json.dumps(found, indent=1))
+    else:
+        write_page(packed, found, sheet, bool(options.classes), options.out)
+    return found
 
 
 if __name__ == "__main__":

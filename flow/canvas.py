@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +41,8 @@ def save_png(figure: Figure, path: Path) -> Path:
         raise ValueError(f"{path}: figures are written as PNG; give a name that ends with .png.")
     path.parent.mkdir(parents=True, exist_ok=True)
     content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=DPI)
+    with _without_glyph_warnings():
+        figure.savefig(content, format="png", dpi=DPI)
     write_bytes(path, content.getvalue())
     return path
 
@@ -50,7 +53,14 @@ def to_svg(figure: Figure) -> bytes:
 
     content = io.BytesIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "figure", "font.family": "sans-serif"}):
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph .* missing")  # from the font here, which is not the reader's
+        with _without_glyph_warnings():  # of the font here, which is not the reader's
             figure.savefig(content, format="svg", metadata={"Date": None})
     return content.getvalue()
+
+
+@contextmanager
+def _without_glyph_warnings() -> Iterator[None]:
+    """A box in the place of a letter says as much."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+        yield

@@ -7,11 +7,14 @@ import re
 import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, NoReturn
 
 from tqdm import tqdm
+
+from flow.pool import interruptible
 
 #: Similarity, from 0 to 1, from which on a word is worth proposing.
 _ALIKE = 0.6
@@ -82,6 +85,18 @@ def describe_error(error: Exception) -> str:
         path = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else str(error.filename)
         return f"{path}: {error.strerror}." + nearest_path(path) * isinstance(error, FileNotFoundError)
     return str(error)
+
+
+@contextmanager
+def tidy_end() -> Iterator[None]:
+    """Around a command: Ctrl-C and SIGTERM end it as an exception does, which takes its temporary files away, with one
+    line and the exit code 128 + signal."""
+    try:
+        with interruptible():
+            yield
+    except KeyboardInterrupt as stop:
+        print("Stopped.", file=sys.stderr)
+        sys.exit(128 + stop.args[0])
 
 
 def say(line: str) -> None:

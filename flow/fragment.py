@@ -31,25 +31,33 @@ from flow.video import Frame, import_cv2, read_frames, to_grey
 
 
 @dataclass(frozen=True)
-class FragmentTask:
-    """A video, and all that its fragment depends on.
+class Recipe:
+    """How a video becomes frames and fields, and these JPEGs.
 
-    method: None computes no fields. parameters: of it, in the place of its defaults. camera: subtract its motion.
-    num_gpus: the method runs on one of so many, every process's own, or on the CPU for 0.
+    size_px: smaller side of the frames. method: of flow; None computes no fields. parameters: of it, in the place of
+    its defaults. camera: subtract its motion. backward: also fields from each frame to the one before. num_gpus: the
+    method runs on one of so many, every process's own, or on the CPU for 0.
     """
+
+    size_px: int
+    method: str | None
+    codec: Codec
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    camera: bool = False
+    backward: bool = False
+    num_gpus: int = 0
+
+
+@dataclass(frozen=True)
+class FragmentTask:
+    """A video, where its fragment goes, and how it is made."""
 
     path: Path
     video_id: str
     class_name: str
     class_id: int | None
     fragment: Path
-    size_px: int
-    method: str | None
-    parameters: Mapping[str, Any]
-    camera: bool
-    backward: bool
-    codec: Codec
-    num_gpus: int = 0
+    recipe: Recipe
 
 
 @dataclass
@@ -122,7 +130,8 @@ def write_fragment(task: FragmentTask) -> FragmentReport:
     start = time.perf_counter()
     try:
         with fragment_file(task.fragment) as file:
-            totals = write_frames(task, read_frames(task.path, task.size_px), file)
+            frames = read_frames(task.path, task.recipe.size_px)
+            totals = write_frames(frames, task.recipe, task.video_id, task.class_name, task.class_id, file)
     except (ValueError, import_cv2().error) as error:
         return FragmentReport(bad={task.video_id: reason(error)})
     except Exception as error:
@@ -132,14 +141,16 @@ def write_fragment(task: FragmentTask) -> FragmentReport:
     return FragmentReport(totals)
 
 
-def write_frames(task: FragmentTask, frames: Iterator[Frame], file: BinaryIO) -> Totals:
+def write_frames(
+    frames: Iterator[Frame], recipe: Recipe, video_id: str, class_name: str, class_id: int | None, file: BinaryIO
+) -> Totals:
     """Append the members of a video given by its frames (H, W, 3) uint8, one at least, to a fragment."""
-    return _FragmentWriter(task, frames, file).run()
+    return _FragmentWriter(frames, recipe, (video_id, class_name, class_id), file).run()
 
 
-def read_steps(task: FragmentTask, frames: Iterator[Frame]) -> Iterator["Step"]:
-    """Frames of a video with the fields between them, as a pack with this task has them before it encodes them."""
-    return chain.from_iterable(_StepReader(task, frames, Totals()).batches())
+def read_steps(frames: Iterator[Frame], recipe: Recipe) -> Iterator["Step"]:
+    """Frames of a video with the fields between them, as a pack with this recipe has them before it encodes them."""
+    return chain.from_iterable(_StepReader(frames, recipe, Totals()).batches())
 
 
 class Step(NamedTuple):
@@ -153,17 +164,17 @@ class Step(NamedTuple):
 class _StepReader:
     """What a thread may do: reading and flow."""
 
-    def __init__(self, task: FragmentTask, frames: Iterator[Frame], totals: Totals) -> None:
-        self._task, self._frames, self._totals = task, frames, totals
+    def __init__(self, frames: Iterator[Frame], recipe: Recipe, totals: Totals) -> None:
+        self._frames, self._recipe, self._totals = frames, recipe, totals
 
     def batches(self) -> Generator[list[Step], None, None]:
         """All steps of the video, as many at a time as the method takes best."""
-        if self._task.method is None:
+        if self._recipe.method is None:
             yield from ([Step(frame, None, None)] for frame in self._frames)
             return
-        num_gpus = self._task.num_gpus
+        num_gpus = self._recipe.num_gpus
         device = f"cuda:{worker_number() % num_gpus}" if num_gpus else "cpu"
-        method = flow_method(self._task.method, device, self._task.parameters)
+        method = flow_method(self._recipe.method, device, self._recipe.parameters)
         frames: list[Frame] = []
         greys: list[Grey] = []
         for frame in self._frames:
@@ -180,7 +191,7 @@ class _StepReader:
         if len(greys) < 2:
             return [Step(frames[0], None, None)]
         forward = self._fields(method, greys[:-1], greys[1:])
-        backward = self._fields(method, greys[1:], greys[:-1]) if self._task.backward else [None] * len(forward)
+        backward = self._fields(method, greys[1:], greys[:-1]) if self._recipe.backward else [None] * len(forward)
         steps = list(map(Step, frames[-len(forward) :], forward, backward))
         return steps if len(steps) == len(frames) else [Step(frames[0], None, None), *steps]
 
@@ -188,7 +199,7 @@ class _StepReader:
         start = time.perf_counter()
         fields = method.batch(np.stack(grey0), np.stack(grey1))
         self._totals.flow_s += time.perf_counter() - start
-        if self._task.camera:
+        if self._recipe.camera:
             return [self._less_camera(grey, field) for grey, field in zip(grey0, fields, strict=True)]
         return list(fields)
 
@@ -203,17 +214,18 @@ class _StepReader:
 class _FragmentWriter:
     """Encoding and writing. State of one video on its way: the open clip, and the totals so far."""
 
-    def __init__(self, task: FragmentTask, frames: Iterator[Frame], file: BinaryIO) -> None:
-        self._task = task
-        self._file = file
+    def __init__(
+        self, frames: Iterator[Frame], recipe: Recipe, video: tuple[str, str, int | None], file: BinaryIO
+    ) -> None:
+        self._recipe, self._video, self._file = recipe, video, file
         self._totals = Totals(num_videos=1)
-        self._reader = _StepReader(task, frames, self._totals)
+        self._reader = _StepReader(frames, recipe, self._totals)
         self._clip: dict[str, dict[int, Member]] = {}
         self._size = (0, 0)
 
     def run(self) -> Totals:
         batches = self._reader.batches()
-        with closing(ahead(batches) if self._task.num_gpus else batches) as stream:
+        with closing(ahead(batches) if self._recipe.num_gpus else batches) as stream:
             for t, step in enumerate(chain.from_iterable(stream)):
                 self._add_step(t, step)
         self._write_clip(is_last=True)
@@ -226,7 +238,7 @@ class _FragmentWriter:
                 self._write_clip(is_last=False)
         if step.backward is not None:
             self._add_field(("bdx", "bdy"), t, step.backward)
-        jpeg = encode_frame(step.frame, self._task.codec.quality)
+        jpeg = encode_frame(step.frame, self._recipe.codec.quality)
         self._clip.setdefault("rgb", {})[t] = Member(jpeg)
         self._size = step.frame.shape[:2]
         self._totals.num_frames += 1
@@ -234,7 +246,7 @@ class _FragmentWriter:
 
     def _add_field(self, kinds: tuple[str, str], t: int, field: Field) -> None:
         for kind, component in zip(kinds, field, strict=True):
-            coded = encode_component(component, self._task.codec)
+            coded = encode_component(component, self._recipe.codec)
             # Decoded at once: it proves the member, and tells what the coding costs.
             error_sum, error_max = coding_error(component, coded)
             mean = float(component.mean(dtype=np.float64))
@@ -248,10 +260,11 @@ class _FragmentWriter:
 
     def _write_clip(self, is_last: bool) -> None:
         frames = self._clip["rgb"]
+        video_id, class_name, class_id = self._video
         clip = Clip(
-            video_id=self._task.video_id,
-            class_name=self._task.class_name,
-            class_id=self._task.class_id,
+            video_id=video_id,
+            class_name=class_name,
+            class_id=class_id,
             first_frame=min(frames),
             num_frames=len(frames),
             is_last=is_last,

@@ -19,7 +19,7 @@ from flow.command import Parser
 from flow.devices import count_gpus, count_workers, prove
 from flow.extract import DEFAULT_METHOD, FLOW_METHODS, GPU_METHODS, flow_method
 from flow.flow_dirs import EXTERNAL, describe_files, pack_flow_dirs
-from flow.fragment import FragmentTask, Totals, write_fragment
+from flow.fragment import FragmentTask, Recipe, Totals, write_fragment
 from flow.pool import interruptible
 from flow.resume import (
     BAD_NAME,
@@ -122,20 +122,17 @@ def _task(
     videos: Sequence[Video],
 ) -> FragmentTask:
     (video,) = videos
-    return FragmentTask(
-        path=video.path,
-        video_id=video.video_id,
-        class_name=video.class_name,
-        class_id=catalog.official_ids.get(video.class_name),
-        fragment=fragment,
+    recipe = Recipe(
         size_px=settings["size_px"],
         method=settings["flow"]["method"],
+        codec=Codec.from_metadata(settings["codec"]),
         parameters=parameters,
         camera=settings["flow"]["camera"] is not None,
         backward=settings["backward"],
-        codec=Codec.from_metadata(settings["codec"]),
         num_gpus=num_gpus,
     )
+    class_id = catalog.official_ids.get(video.class_name)
+    return FragmentTask(video.path, video.video_id, video.class_name, class_id, fragment, recipe)
 
 
 def _summary(catalog: Catalog, totals: Totals, num_bytes: int) -> dict[str, int | float]:

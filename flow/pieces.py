@@ -14,15 +14,15 @@ from __future__ import annotations
 import shutil
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from flow.fragment import FragmentTask, Totals, fragment_file, write_frames
+from flow.fragment import Recipe, Totals, fragment_file, reason, write_frames
 from flow.index import build_index, load_index
 from flow.shard import FORMAT_VERSION, commit_shard, shard_name, write_json
-from flow.video import Frame
+from flow.video import Frame, import_cv2
 
 #: Longest piece, and most frames that are packed at a time: some 40 MB at 256 px.
 MAX_FRAMES = 1024
@@ -39,7 +39,8 @@ class Piece:
 
 
 def cut_pieces(windows: Iterable[Window], max_frames: int = MAX_FRAMES) -> tuple[list[Piece], dict[Window, int]]:
-    """The fewest pieces, in the order of their starts, that hold every window [start, stop) whole; and which holds it.
+    """Pieces, in the order of their starts, that hold every window [start, stop) whole and no other frame; and which
+    piece holds it.
 
         [0, 3), [2, 5), [5, 8)     pieces [0, 5), [5, 8)     windows that only touch share no field
 
@@ -77,7 +78,7 @@ def piece_id(number: int) -> str:
 def pack_pieces(
     frames: Iterator[Frame],
     pieces: Sequence[Piece],
-    recipe: FragmentTask,
+    recipe: Recipe,
     flow: dict[str, Any] | None,
     folder: Path,
     max_frames: int = MAX_FRAMES,
@@ -86,7 +87,6 @@ def pack_pieces(
 
     Args:
         frames: of the video (H, W, 3) uint8, from frame 0 on; no more are taken than pieces need.
-        recipe: how; its path, video and fragment are not used.
         flow: how the fields are computed, for the set's description.
     Yields the numbers of a group's pieces. Raises ValueError if a frame, or its field, cannot be encoded.
     """
@@ -97,7 +97,7 @@ def pack_pieces(
         fragment, totals = folder / "fragment", Totals()
         with fragment_file(fragment) as file:
             for number, part in zip(group, parts, strict=False):
-                totals.add(write_frames(replace(recipe, video_id=piece_id(number)), part, file))
+                totals.add(_write_piece(part, recipe, number, file))
         num_bytes, digest = commit_shard([fragment], folder / shard_name(0))
         fragment.unlink()
         build_index(folder)
@@ -112,6 +112,13 @@ def pack_pieces(
         }
         write_json(folder / "dataset.json", dataset)
         yield group
+
+
+def _write_piece(frames: Iterator[Frame], recipe: Recipe, number: int, file: BinaryIO) -> Totals:
+    try:
+        return write_frames(frames, recipe, piece_id(number), "video", None, file)
+    except import_cv2().error as error:  # as in a pack, OpenCV's complaint is the video's fault
+        raise ValueError(reason(error)) from None
 
 
 def _take(frames: Iterator[Frame], pieces: Sequence[Piece]) -> Iterator[Iterator[Frame]]:

@@ -22,11 +22,12 @@ from typing import Any
 import numpy as np
 
 from flow.colors import flow_colors
-from flow.fragment import FragmentTask, read_steps
+from flow.command import nearest_path
+from flow.fragment import Recipe, read_steps
 from flow.video import Frame, VideoError, resize
 
-#: Smaller side of the frame, in px.
-SIDE_PX = 320
+#: Smaller side of the frame, in px, and the longest that its other side may become.
+SIDE_PX, LONGEST_PX = 320, 1280
 #: Displacement that has full colour, as a part of the frame's smaller side: 8 px/frame at 256 px.
 FULL_COLOUR = 8 / 256
 
@@ -36,9 +37,7 @@ _LINE_PX, _MARGIN_PX, _FONT_PX = 30, 12, 18
 Bars = Sequence[tuple[str, float]]
 
 
-def render(
-    frames: Iterator[Frame], recipe: FragmentTask, bars_at: Callable[[int], Bars], path: Path, fps: float
-) -> None:
+def render(frames: Iterator[Frame], recipe: Recipe, bars_at: Callable[[int], Bars], path: Path, fps: float) -> None:
     """Write a video as MP4 (H.264): frames, flow beside them, bars below.
 
     Args:
@@ -49,18 +48,18 @@ def render(
     write_mp4(path, _pictures(frames, recipe, bars_at, fps), fps)
 
 
-def _pictures(
-    frames: Iterator[Frame], recipe: FragmentTask, bars_at: Callable[[int], Bars], fps: float
-) -> Iterator[Frame]:
+def _pictures(frames: Iterator[Frame], recipe: Recipe, bars_at: Callable[[int], Bars], fps: float) -> Iterator[Frame]:
     full_px = FULL_COLOUR * recipe.size_px
     legend = "" if recipe.method is None else f"full colour: {full_px:g} px/frame"
-    for t, step in enumerate(read_steps(recipe, frames)):
+    for t, step in enumerate(read_steps(frames, recipe)):
         views = [step.frame]
         if recipe.method is not None:
             still = np.zeros((2, *step.frame.shape[:2]), np.float32)
             colours = flow_colors(still if step.forward is None else step.forward, full_px)
             views.append(np.rint(255 * colours).astype(np.uint8))
-        picture = np.concatenate([resize(view, SIDE_PX) for view in views], axis=1)
+        short, long = sorted(step.frame.shape[:2])
+        side_px = max(1, min(SIDE_PX, LONGEST_PX * short // long))
+        picture = np.concatenate([resize(view, side_px) for view in views], axis=1)
         panel = _panel(tuple(bars_at(t)), int(t / fps), legend, picture.shape[1])
         yield np.concatenate([picture, panel])
 
@@ -106,6 +105,14 @@ def _shortened(text: str, draw: Any, font: Any, width: int) -> str:
     return text + "…"
 
 
+def check_mp4(path: Path) -> None:
+    """Raise VideoError unless a video could be written there."""
+    if path.suffix.lower() != ".mp4":
+        raise VideoError(f"{path}: the video is written as MP4; give a name that ends in .mp4.")
+    if not path.parent.is_dir():
+        raise VideoError(f"{path} cannot be written: its folder is not there.{nearest_path(path.parent)}")
+
+
 def write_mp4(path: Path, frames: Iterable[Frame], fps: float) -> None:
     """Write RGB frames (H, W, 3) uint8 as H.264 in MP4, which gets its name when it is whole.
 
@@ -114,8 +121,7 @@ def write_mp4(path: Path, frames: Iterable[Frame], fps: float) -> None:
     """
     import av
 
-    if path.suffix.lower() != ".mp4":
-        raise VideoError(f"{path}: the video is written as MP4; give a name that ends in .mp4.")
+    check_mp4(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with av.open(str(temporary), "w", format="mp4", options={"movflags": "faststart"}) as container:

@@ -255,7 +255,8 @@ def attempt(action):
 
 def make(targets):
     """The commands of make targets, as in the environment that they install."""
-    done = subprocess.run(["make", "-n", "-o", ".venv/installed", *targets], cwd=ROOT, capture_output=True, text=True)
+    words = ["make", "-n", "--no-print-directory", "-o", ".venv/installed", *targets]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return commands(done.stdout.replace(".venv/bin/", ""))
 

@@ -357,10 +357,8 @@ class Methods:
 def fragment_of(video, path, monkeypatch, methods, **options):
     """Report and bytes of a video's fragment, made in this process."""
     monkeypatch.setattr(fragment, "flow_method", methods)
-    options = {"parameters": {}, "camera": False, "backward": True, "codec": Codec(), **options}
-    report = fragment.write_fragment(
-        fragment.FragmentTask(video, "Run/v", "Run", None, path, size_px=48, method="dis", **options)
-    )
+    recipe = fragment.Recipe(**{"size_px": 48, "method": "dis", "codec": Codec(), "backward": True, **options})
+    report = fragment.write_fragment(fragment.FragmentTask(video, "Run/v", "Run", None, path, recipe))
     return report, path.read_bytes() if path.exists() else None
 
 

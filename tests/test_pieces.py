@@ -1,12 +1,14 @@
 """Pieces of a video: every window whole in one, no frame that none needs, and the bytes of a pack."""
 
+from dataclasses import replace
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
 from flow import demo, pack
 from flow.codec import Codec
-from flow.fragment import FragmentTask
+from flow.fragment import Recipe
 from flow.pieces import Piece, cut_pieces, group_pieces, pack_pieces, piece_id
 from flow.shard import shard_name
 from flow.video import read_frames
@@ -17,11 +19,7 @@ WINDOWS = st.lists(
 )
 
 
-def recipe(path, **changes):
-    options = dict(path=path, video_id="", class_name="video", class_id=None, fragment=path, size_px=48, method="dis")
-    return FragmentTask(
-        **{**options, "parameters": {}, "camera": False, "backward": False, "codec": Codec(), **changes}
-    )
+RECIPE = Recipe(size_px=48, method="dis", codec=Codec())
 
 
 @given(WINDOWS, st.integers(12, 60))
@@ -57,7 +55,7 @@ def test_the_bytes_are_those_of_a_pack(tmp_path):
     (row,) = packed.rows([f"{video.parent.name}/{video.stem}"])
     for pieces in ([Piece(0, 14)], [Piece(0, 9), Piece(3, 11), Piece(8, 14)]):  # what overlaps is read once
         num_found = 0
-        for group in pack_pieces(read_frames(video, 48), pieces, recipe(video), None, tmp_path / "set", max_frames=17):
+        for group in pack_pieces(read_frames(video, 48), pieces, RECIPE, None, tmp_path / "set", max_frames=17):
             index = open_index(tmp_path / "set")
             assert index.video_ids(range(index.num_videos)) == [piece_id(number) for number in group]
             for position, number in enumerate(group):
@@ -81,7 +79,7 @@ def read_member(root, shard, entry):
 
 def test_frames_alone_have_no_fields(tmp_path):
     frames = iter(np.random.default_rng(0).integers(0, 255, (5, 48, 64, 3)).astype(np.uint8))
-    list(pack_pieces(frames, [Piece(1, 3)], recipe(tmp_path, method=None), None, tmp_path / "set"))
+    list(pack_pieces(frames, [Piece(1, 3)], replace(RECIPE, method=None), None, tmp_path / "set"))
     index = open_index(tmp_path / "set")
     assert list(index.entries) == ["rgb"] and index.num_frames.tolist() == [2]
     assert next(frames) is not None  # frame 3: no more were taken than the piece needs

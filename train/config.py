@@ -244,6 +244,11 @@ class EvalConfig:
     batch_size: int = 32
     """Views of a forward pass in one process."""
 
+    @property
+    def paper_taus(self) -> int:
+        """Stacks of a video that is scored apart from the run: its own number, or the paper's if it had no test."""
+        return self.num_taus or 25
+
     def __post_init__(self) -> None:
         for name, least in (("num_taus", 0), ("num_taus_train", 0), ("batch_size", 1)):
             _require(getattr(self, name) >= least, f"eval.{name}={getattr(self, name)} must be at least {least}.")

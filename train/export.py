@@ -27,7 +27,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from flow.command import Parser, describe_error
+from flow.command import Parser, describe_error, tidy_end
 from flow.shard import check_class_name, publish
 from flow.untrusted import open_regular, parse_json, printable
 from nets.cnn_m import CNNM
@@ -37,7 +37,7 @@ from train.disk import writing
 from train.engine import CHECKPOINT
 from train.model import MEMORY_FORMAT, build_net, num_outputs
 from train.net_card import FORMAT_VERSION, describe_net
-from train.origin import read_made_on, read_origin
+from train.origin import check_outputs, read_made_on, read_origin
 
 KEY = "two_stream"
 
@@ -94,6 +94,7 @@ def export_stream(run: Path, config: Config, stream: str, folder: Path) -> Expor
     path = run / stream / CHECKPOINT
     checkpoint = load_checkpoint(path)
     origin = read_origin(run, config)
+    check_outputs(origin, config, stream, num_outputs(checkpoint, path))
     net = build_net(config, stream, num_outputs(checkpoint, path), torch.device("cpu"))
     load_state(net, checkpoint.net, path)
     metadata = describe_net(net, config, checkpoint, origin)
@@ -160,7 +161,7 @@ def _largest_difference(net: nn.Module, other: nn.Module, shape: list[int], path
 @contextmanager
 def _renamed_at_the_end(path: Path) -> Iterator[Path]:
     """A temporary name for a file, which gets its own if nothing is raised, and is deleted otherwise."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with writing(path):
             yield temporary
@@ -265,7 +266,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--streams", nargs="+", choices=STREAMS, help="which nets (default: all of the run)")
     options = parser.parse_args(arguments)
     try:
-        _export(options)
+        with tidy_end():
+            _export(options)
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"error: {describe_error(error)}")
 

@@ -29,6 +29,7 @@ from train.engine import CHECKPOINT, check_stream, train_stream
 from train.evaluate import evaluate_stream, scored
 from train.fuse import fuse_runs, report, write_results
 from train.interrupt import ending_at_once
+from train.origin import NAME as ORIGIN
 from train.origin import write_origin
 from train.report import NAME as REPORT
 from train.report import leave_report
@@ -54,7 +55,8 @@ def open_run(run: Path, config: Config, resume: str) -> None:
         for pattern in (f"{CHECKPOINT}*", "log.jsonl", "scores_*.npz", "events.out.tfevents.*", "results.*"):
             for path in (path for stream in STREAMS for path in (run / stream).rglob(pattern)):
                 path.unlink()
-        for name in ("results.json", "results.txt", REPORT):
+        exported = [f"export/{stream}.{suffix}" for stream in STREAMS for suffix in ("safetensors", "pt2")]
+        for name in ("results.json", "results.txt", REPORT, ORIGIN, *exported):
             (run / name).unlink(missing_ok=True)
     with writing(stored_path):
         run.mkdir(parents=True, exist_ok=True)
@@ -113,7 +115,7 @@ def _prepare(options: argparse.Namespace) -> tuple[Config, Machines, Path]:
     for stream in config.train.streams:
         check_stream(config, stream, index, machines.world_size, run / stream)
     open_run(run, config, options.resume)
-    with writing(run / "run.json"):
+    with writing(run / ORIGIN):
         write_origin(run, index)
     return config, machines, run
 
@@ -133,7 +135,7 @@ def _run(world: World, config: Config, run: Path) -> None:
 
 def _conclude(config: Config, run: Path) -> None:
     """Fuse, print the tables, and list what the run has written."""
-    wrote = [run / "config.yaml", run / "run.json"]
+    wrote = [run / "config.yaml", run / ORIGIN]
     for stream in config.train.streams:
         wrote += [run / stream / CHECKPOINT, run / stream / "log.jsonl", *sorted((run / stream).rglob("scores_*.npz"))]
     tasks = [path.parent for stream in config.train.streams for path in scored(run, stream)[1:]]

@@ -55,12 +55,12 @@ def describe_net(net: CNNM, config: Config, checkpoint: Checkpoint, origin: Orig
             "size_px": spec.size_px or origin.size_px,
             "how": "The smaller side becomes stored_size_px, by area averaging if that is less, else bilinearly, and "
             "then flow is computed. For another size_px frames and fields are scaled bilinearly, and the vectors with "
-            "them. null: whatever size files of another tool had.",
+            "them.",
         },
         "flow": origin.flow,
         "codec": origin.codec,
         "test": {
-            "num_taus": config.eval.num_taus,
+            "num_taus": config.eval.paper_taus,
             "views": [list(view) for view in VIEWS],
             "how": "A video's score is the mean over num_taus samples at equal spacing, from the first that fits to "
             "the last, and these views of each: (y, x, mirrored), a crop at floor(y * (height - crop)) and floor(x * "

@@ -11,7 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from flow.shard import write_json
+import numpy as np
+
+from flow.codec import Codec
+from flow.shard import check_class_name, write_json
 from flow.untrusted import read_json
 from loaders.index import Index, open_index
 from train.config import Config
@@ -19,14 +22,16 @@ from train.provenance import describe
 
 NAME = "run.json"
 
+MAX_SIZE_PX = 4096
+
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
     """The data set that a run was trained on.
 
     fingerprint: of the packed bytes. root: the packed set's folder at that time. flow: method, parameters, library and
-    version; None for images. codec: as in `dataset.json`. size_px: smaller side of the frames; None where files of
-    another tool were packed as they were.
+    version; None for images. codec: as in `dataset.json`. size_px: smaller side of the frames; where files of another
+    tool were packed as they were, that of the median video.
     """
 
     name: str | None
@@ -35,11 +40,12 @@ class Origin:
     classes: list[str]
     flow: dict[str, Any] | None
     codec: dict[str, Any]
-    size_px: int | None
+    size_px: int
 
 
 def origin_of(index: Index) -> Origin:
     """Origin of what is trained on a packed data set."""
+    size_px = index.metadata.get("size_px") or int(np.median(np.minimum(index.heights, index.widths)))
     return Origin(
         name=index.metadata.get("name"),
         fingerprint=index.fingerprint,
@@ -47,7 +53,7 @@ def origin_of(index: Index) -> Origin:
         classes=index.classes,
         flow=index.metadata.get("flow"),
         codec=index.codec.metadata(),
-        size_px=index.metadata.get("size_px"),
+        size_px=size_px,
     )
 
 
@@ -85,18 +91,32 @@ def read_made_on(run: Path) -> list[dict[str, Any]]:
 
 
 def _checked(origin: Origin) -> Origin:
-    """The origin, or a ValueError unless its values are of the types that `write_origin` writes."""
+    """The origin. Raises ValueError, TypeError or KeyError unless its values are what `write_origin` writes."""
+    flow = origin.flow
     sound = (
         isinstance(origin.name, str | None)
         and isinstance(origin.fingerprint, str)
         and isinstance(origin.root, str)
         and isinstance(origin.classes, list)
-        and origin.classes
-        and all(isinstance(name, str) for name in origin.classes)
-        and isinstance(origin.flow, dict | None)
-        and isinstance(origin.codec, dict)
-        and (origin.size_px is None or (type(origin.size_px) is int and 16 <= origin.size_px <= 4096))
+        and origin.classes == sorted(set(origin.classes))
+        and len(origin.classes) > 0
+        and (flow is None or (isinstance(flow["method"], str) and isinstance(flow.get("parameters", {}), dict)))
+        and type(origin.size_px) is int
+        and 1 <= origin.size_px <= MAX_SIZE_PX
     )
     if not sound:
-        raise ValueError("a value is of another type than train.launch writes")
+        raise ValueError("a value is of another kind than train.launch writes")
+    for name in origin.classes:
+        check_class_name(name)
+    Codec.from_metadata(origin.codec)
     return origin
+
+
+def check_outputs(origin: Origin, config: Config, stream: str, num_outputs: int) -> None:
+    """Raise ValueError unless a net with so many outputs is one for the origin's classes, and further ones if any."""
+    further = bool(config.stream(stream).extra_roots)
+    if num_outputs < len(origin.classes) or (num_outputs > len(origin.classes) and not further):
+        raise ValueError(
+            f"the {stream} net has {num_outputs} outputs, {NAME} names {len(origin.classes)} classes: they do not "
+            "belong together. Put the files of one run into one folder."
+        )

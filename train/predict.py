@@ -5,17 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import sys
 from pathlib import Path
 from typing import Any
 
-from flow.command import Parser, describe_error, nearest_path
+from flow.command import Parser, describe_error, nearest_path, tidy_end
 from flow.extract import FLOW_METHODS
-from flow.pool import interruptible
+from flow.render import check_mp4
 from flow.untrusted import printable
 from train.config import STREAMS
-from train.predictor import FAST, FUSED, Prediction, Predictor, Timeline
-from train.timeline import draw_timeline, render_timeline, spans
+from train.predictor import EVERY_S, FAST, FUSED, Prediction, Predictor, Timeline
+from train.timeline import check_apart, draw_timeline, render_timeline, spans
 
 __all__ = ["Predictor", "main"]
 
@@ -34,12 +35,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Command line: score videos one after the other."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    try:
-        with interruptible():
-            _run(options)
-    except KeyboardInterrupt as stop:
-        print("Stopped.", file=sys.stderr)
-        sys.exit(128 + stop.args[0])
+    with tidy_end():
+        _run(options)
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -84,12 +81,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--every",
         type=float,
-        default=0.5,
         metavar="S",
-        help="of --timeline and --render: seconds from window to window (default: 0.5)",
+        help=f"of --timeline and --render: seconds from window to window (default: {EVERY_S})",
     )
     parser.add_argument(
-        "--out", type=Path, default=Path(), metavar="DIR", help="folder of the figures (default: this one)"
+        "--out", type=Path, metavar="DIR", help="of --timeline: folder of the figures (default: this one)"
     )
     parser.add_argument("--gpus", type=int, choices=(0, 1), default=0, help="1: compute on a GPU (default: 0, the CPU)")
     parser.add_argument(
@@ -101,46 +97,61 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Raise ValueError for what can be told wrong before a net is loaded."""
-    if options.render and len(options.videos) > 1:
-        raise ValueError(f"--render {options.render} with {len(options.videos)} videos: render one at a time.")
-    if options.render and options.render.suffix.lower() != ".mp4":
-        raise ValueError(f"--render {options.render}: the video is written as MP4; give a name that ends in .mp4.")
-    if not options.every > 0:
+    """Raise ValueError for what would fail only after all the work, or do nothing."""
+    names = [video.name for video in options.videos]
+    if options.top < 1:
+        raise ValueError(f"--top {options.top}: ask for one class at least.")
+    if not (options.timeline or options.render) and options.every is not None:
+        raise ValueError(f"--every {options.every} is of --timeline and --render: give one of them, or leave it out.")
+    if options.every is not None and not 0 < options.every < math.inf:
         raise ValueError(f"--every {options.every}: the seconds from window to window are positive, such as 0.5.")
+    if not options.timeline and options.out is not None:
+        raise ValueError(f"--out {options.out} is of --timeline: give that, or leave it out.")
+    if options.timeline and len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(
+            f"--timeline with two videos of the name {twice}: their figures would be one. Score one first."
+        )
+    if options.out is not None and options.out.exists() and not options.out.is_dir():
+        raise ValueError(f"--out {options.out} is no folder.")
+    if options.render:
+        if len(names) > 1:
+            raise ValueError(f"--render {options.render} with {len(names)} videos: render one at a time.")
+        check_mp4(options.render)
+        check_apart(options.render, options.videos)
     if options.gpus:
         import torch
 
         if not torch.cuda.is_available():
             raise ValueError("--gpus 1: torch finds no GPU here; leave it out to compute on the CPU.")
-    if options.top < 1:
-        raise ValueError(f"--top {options.top}: ask for one class at least.")
 
 
 def _predict(predictor: Predictor, video: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """One video, told as it is found unless in JSON, and what JSON has of it."""
+    """One video, told as it is found unless in JSON, and what JSON has of it: with "error" if something failed."""
 
     def tell(*parts: object) -> None:
         if not options.json:
             print(*parts, sep="\n  ", end="\n\n", flush=True)
 
+    found: dict[str, Any] = {"video": str(video)}
     try:
         if not video.exists():
             raise ValueError(f"there is no such file.{nearest_path(video)}")
         prediction = predictor(video)
         tell(describe(prediction, options.top))
-        found = _as_json(prediction, options.top)
+        found |= _as_json(prediction, options.top)
         if options.timeline or options.render:
-            timeline = predictor.timeline(video, options.every)
+            timeline = predictor.timeline(video, options.every or EVERY_S)
             tell(describe_timeline(timeline))
             found["timeline"] = _timeline_as_json(timeline)
-            wrote = [draw_timeline(timeline, options.out / f"{video.name}.timeline.png")] if options.timeline else []
+            figure = (options.out or Path()) / f"{video.name}.timeline.png"
+            wrote = [draw_timeline(timeline, figure)] if options.timeline else []
             wrote += [render_timeline(predictor, timeline, options.render)] if options.render else []
             tell("wrote:", *wrote)
-        return found
-    except (ValueError, OSError) as error:
-        print(f"error: {printable(video)}: {describe_error(error)}", file=sys.stderr)
-        return {"video": str(video), "error": describe_error(error)}
+    except (ValueError, OSError, RuntimeError, ImportError) as error:  # the next video may do
+        found["error"] = describe_error(error)
+        print(f"error: {printable(video)}: {found['error']}", file=sys.stderr)
+    return found
 
 
 def describe(prediction: Prediction, k: int) -> str:
@@ -150,7 +161,7 @@ def describe(prediction: Prediction, k: int) -> str:
     width = max(len(name) for name, _ in best)
     seconds = prediction.num_frames / prediction.fps
     lines = [
-        f"{prediction.video}: {prediction.num_frames:,} frames, {seconds:.1f} s; {prediction.protocol}",
+        f"{printable(prediction.video)}: {prediction.num_frames:,} frames, {seconds:.1f} s; {prediction.protocol}",
         f"{'':{width + 4}}{''.join(f'{method:>10}' for method in methods)}",
     ]
     for rank, (name, _) in enumerate(best, 1):
@@ -168,13 +179,12 @@ def describe_timeline(timeline: Timeline) -> str:
 
 
 def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(seconds, 60)
-    return f"{int(minutes):3}:{seconds:04.1f}"
+    minutes, tenths = divmod(round(10 * seconds), 600)
+    return f"{minutes:3}:{tenths / 10:04.1f}"
 
 
 def _as_json(prediction: Prediction, k: int) -> dict[str, Any]:
     return {
-        "video": str(prediction.video),
         "num_frames": prediction.num_frames,
         "fps": prediction.fps,
         "views": prediction.protocol.num_taus * len(prediction.protocol.views),

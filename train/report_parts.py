@@ -260,7 +260,7 @@ def _setup(run: Path) -> list[Block]:
     config = _config(run)
     origin = read_origin(run, config)
     flow = origin.flow or {}
-    size = f"{origin.size_px} px, the smaller side" if origin.size_px else "as another tool left them"
+    size = f"{origin.size_px} px, the smaller side"
     rows = [
         ["data set", f"{origin.name or 'unnamed'}, {origin.root}"],
         ["fingerprint", f"`{origin.fingerprint}`"],

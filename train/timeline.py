@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -50,15 +51,27 @@ def draw_timeline(timeline: Timeline, path: Path) -> Path:
     left_out = int((best > 0).sum()) - len(shown)
     title = f"{timeline.video.name}{f'; {left_out} more classes are best at some time' if left_out else ''}"
     axes.set(xlabel="time, s", ylabel="score", ylim=(0, 1), xlim=(0, timeline.num_frames / timeline.fps))
-    axes.set_title(title, fontsize=10)
+    axes.set_title(title, fontsize=10, parse_math=False)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside right upper", fontsize=9)
+    for text in figure.legend(loc="outside right upper", fontsize=9).get_texts():
+        text.set_parse_math(False)
     return save_png(figure, path)
 
 
+def check_apart(path: Path, videos: Iterable[Path]) -> None:
+    """Raise ValueError if a file to be written is one of the videos."""
+    for video in videos:
+        if path.exists() and video.exists() and path.samefile(video):
+            raise ValueError(f"{path} would be written over the video {video}. Give another name.")
+
+
 def render_timeline(predictor: Predictor, timeline: Timeline, path: Path) -> Path:
-    """Write the timeline's video with its flow beside it and the top three of each window below. Returns the path."""
+    """Write the timeline's video with its flow beside it and the top three of each window below. Returns the path.
+
+    Raises VideoError if the file cannot be written, ValueError if that is the video itself.
+    """
+    check_apart(path, [timeline.video])
     scores = timeline.scores[main_method(timeline.scores)]
     best = np.argsort(-scores, axis=1, kind="stable")[:, :RUNNING_TOP]
 
