@@ -22,8 +22,12 @@ _STOPS = (signal.SIGINT, signal.SIGTERM)
 
 #: After which an exception that stops a command comes again.
 _AGAIN_S = 2.0
+#: After which it comes if a process was being started: half started it would end with a traceback. A mask does not keep
+#: a signal from coming by way of another thread.
+_SOON_S = 0.05
 
 _worker_number = 0
+_starting = False
 
 
 def default_num_workers() -> int:
@@ -47,11 +51,11 @@ def interruptible() -> Iterator[None]:
 
     def interrupt(number: int, _: FrameType | None) -> None:
         again = number == signal.SIGALRM
-        signal.setitimer(signal.ITIMER_REAL, _AGAIN_S)
-        if again and _is_cleaning_up():
-            return
-        came.append(number)
-        raise KeyboardInterrupt(came[0])
+        if not again:
+            came.append(number)
+        signal.setitimer(signal.ITIMER_REAL, _SOON_S if _starting else _AGAIN_S)
+        if not _starting and not (again and _is_cleaning_up()):
+            raise KeyboardInterrupt(came[0])
 
     before = {number: signal.getsignal(number) for number in (*_STOPS, signal.SIGALRM)}
     for number, handler in before.items():
@@ -185,11 +189,14 @@ class _Pool(ProcessPoolExecutor):
 
     def start(self, function: Callable[[Task], Result], task: Task) -> Future[Result]:
         """Submit function(task)."""
-        # A process may be started for it: undisturbed, or it would end with a traceback.
+        global _starting
+        # A process may be started for it, which inherits the mask: undisturbed, or it would end with a traceback.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
+        _starting = True
         try:
             return self.submit(function, task)
         finally:
+            _starting = False
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def __exit__(
