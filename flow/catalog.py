@@ -256,6 +256,9 @@ def read_ucf101_lists(splits_dir: Path) -> Lists:
             for place, video_id, label in _lines(path):
                 class_name = video_id.split("/")[0]
                 official_id = official_ids.get(class_name)
+                near = "" if official_id else did_you_mean(class_name, official_ids)
+                if official_id is None and (label is not None or near):
+                    raise ValueError(f"{place}: {class_name!r} is no class of classInd.txt.{near}")
                 if label not in (None, official_id):
                     raise ValueError(f"{place}: label {label} for {class_name!r}, {official_id} in classInd.txt.")
                 ids.append(video_id)

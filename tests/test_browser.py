@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from flow import browse
 from flow.page import Heading, Picture, to_html
 from tests.tiny import made_run
 from train.report import write_report
@@ -39,10 +40,16 @@ def experiments_report(folder, packed):
     return Path(__file__).parent.parent / "docs" / "experiments" / "report.html"
 
 
+def packed_set(folder, packed):
+    assert browse.main([str(packed), "--out", str(folder / "browse.html")]) == 0
+    return folder / "browse.html"
+
+
 #: What to look at: what writes it, from a folder to do so in and a packed set; and headings that it has.
 PAGES = {
     "report of a run": (run_report, [*SECTIONS]),
     "report of nothing": (empty_report, [*SECTIONS]),
+    "packed set": (packed_set, ["Contact sheet", "Classes"]),
     "report of the experiments": (experiments_report, ["The paper's experiments, and ours", "Findings"]),
 }
 
@@ -50,7 +57,8 @@ PAGES = {
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
     """One browser for all pages; it reaches no network."""
-    programs = [shutil.which(name) for name in ("chromium", "chromedriver")]
+    browsers = map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))
+    programs = [next(filter(None, browsers), None), shutil.which("chromedriver")]
     if None in programs:
         message = "no chromium and chromedriver: apt-get install chromium chromium-driver"
         pytest.fail(message) if os.environ.get("REQUIRE_BROWSER") == "1" else pytest.skip(message)

@@ -106,6 +106,7 @@ def test_ucf101_lists_with_crlf(tmp_path):
 @pytest.mark.parametrize(
     ("train", "test", "message"),
     [
+        ("Archry/v_1.avi 1\r\n", "", "line 1: 'Archry' is no class of classInd.txt. Did you mean 'Archery'"),
         ("Archery/v_1.avi 2\r\n", "", "trainlist01.txt, line 1: label 2 for 'Archery', 1 in classInd"),
         ("Archery/v_1.avi 1\r\n", "\r\nArchery/v_1.avi\r\n", "'Archery/v_1' stands in split1_train and in split1_test"),
         ("Archery/v_1.avi one\r\n", "", "line 1: .* is not a video's file name and a number"),

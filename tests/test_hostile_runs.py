@@ -20,6 +20,7 @@ from train.config import CONFIG_FOLDER, resolve_config
 from train.export import load_net, save_net
 from train.figures import read_confusion
 from train.log import read_log
+from train.origin import read_origin
 from train.record import read_book
 from train.scores import Scores, read_scores, write_scores
 
@@ -284,3 +285,41 @@ def test_the_notes_of_a_stopped_pack_are_not_believed(tmp_path, text):
     (tmp_path / ".pack/settings.json").write_text(text)
     with pytest.raises(ValueError, match="damaged|begun with other settings"):
         resume.begin(tmp_path, {"seed": 0})
+
+
+# --- what a run was made of --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"classes": []},
+        {"classes": ["a", "a"]},
+        {"classes": ["b", "a"]},
+        {"classes": ["\x1b[31mred\n", "b"]},
+        {"classes": "ab"},
+        {"classes": None},
+        {"flow": {"method": ["dis"]}},
+        {"flow": {"method": "dis", "parameters": "fast"}},
+        {"flow": {"parameters": {}}},
+        {"flow": "dis"},
+        {"codec": {"name": "mine"}},
+        {"codec": {"quality": 0}},
+        {"codec": 90},
+        {"size_px": 10**9},
+        {"size_px": 0},
+        {"size_px": "64"},
+        {"fingerprint": 7},
+        {"more": 1},
+        None,
+    ],
+)
+def test_a_run_json_is_checked(tmp_path, change):
+    sound = {"name": None, "fingerprint": "f", "root": "r", "classes": ["a", "b"], "flow": {"method": "dis"},
+             "codec": {"quality": 90}, "size_px": 64}  # fmt: skip
+    path, config = tmp_path / "run.json", resolve_config("demo")
+    path.write_text(json.dumps({"dataset": sound}))
+    assert read_origin(tmp_path, config).classes == ["a", "b"]
+    path.write_text(json.dumps({"dataset": None if change is None else {**sound, **change}}))
+    with pytest.raises(ValueError, match="run.json is damaged"):
+        read_origin(tmp_path, config)

@@ -51,6 +51,31 @@ def test_the_last_steps_can_be_repeated_alone(finished, capsys):
     assert (finished / "results.json").read_bytes() == before
 
 
+def test_a_run_that_fails_leaves_a_report_of_what_there_is(packed_demo, tmp_path, monkeypatch):
+    def explodes(*_, **__):
+        raise FloatingPointError("the loss is nan at step 2")
+
+    monkeypatch.setattr(launch, "launch", explodes)
+    with pytest.raises(SystemExit, match="error: the loss is nan at step 2"):
+        launch.main(["--run", str(tmp_path / "run"), *tiny_overrides(packed_demo)])
+    assert "train.batch_size" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_starting_over_forgets_what_made_the_run_before(packed_demo, tmp_path, monkeypatch):
+    run, arguments = tmp_path / "run", ["--run", str(tmp_path / "run"), *tiny_overrides(packed_demo)]
+    monkeypatch.setattr(launch, "launch", lambda *_, **__: None)
+    launch.main(arguments)
+    before = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**before, "made_on": [{"machine": "another"}]}))
+    launch.main(arguments)
+    assert json.loads((run / "run.json").read_text())["made_on"] == [{"machine": "another"}, *before["made_on"]]
+    (run / "export").mkdir()
+    (run / "export" / "spatial.pt2").write_bytes(b"of the weights before")
+    launch.main([*arguments, "--resume", "never"])
+    assert json.loads((run / "run.json").read_text())["made_on"] == before["made_on"]
+    assert not (run / "export" / "spatial.pt2").exists()
+
+
 def test_the_default_run_folder_follows_from_the_config(packed_demo, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(launch, "launch", lambda *_, **__: None)

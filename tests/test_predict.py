@@ -216,6 +216,12 @@ def test_a_film_that_cannot_be_written_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_in_the_place_of_a_video_is_named(folder, capsys):
+    with pytest.raises(SystemExit, match="1"):
+        predict.main([str(folder / "run"), str(folder / "videos")])
+    assert "videos: is a folder: give the files in it" in capsys.readouterr().err
+
+
 def test_the_command_goes_on_after_a_bad_video(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     good = video_of(folder, read_scores(scores_path(folder / "run", "spatial", "test")).video_ids[0])

@@ -48,6 +48,7 @@ CHANGEABLE = frozenset(
         "data.max_damaged_pct",
         "data.num_threads",
         "data.on_damage",
+        "eval.batch_size",
         "train.checkpoint_every",
         "train.keep_checkpoints",
         "train.log_every",
@@ -355,19 +356,37 @@ def from_flat(flat: Mapping[str, Any]) -> Config:
 
 
 def _nearest_keys(key: str, known: Sequence[str]) -> str:
-    """The keys that an unknown one may mean: those of its name, if it has no section or that of others; or the nearest.
+    """The keys that an unknown one may mean.
 
-    steps, train.steps -> spatial.steps or temporal.steps
-    tempral.step       -> temporal.steps
+    train, a section          such as train.streams
+    temporl.steps             temporal.steps, the name in the section that is nearest
+    steps, train.steps        spatial.steps or temporal.steps, the name in other sections
+    temporl.step, step        the nearest name in that section, or in all
     """
-    names, sections = ([key.split(".")[i] for key in known] for i in (1, 0))
     section, dot, name = key.rpartition(".")
-    meant = name if name in names else None if dot else nearest(name, names)
-    if key in sections:
-        return f" A key is section.name, such as {next(k for k in known if k.startswith(f'{key}.'))}."
-    if meant and (not dot or section in sections):
-        return f" Did you mean {' or '.join(repr(k) for k in known if k.endswith(f'.{meant}'))}?"
-    return did_you_mean(key, known) or f" A key is section.name; sections are {', '.join(dict.fromkeys(sections))}."
+    names: dict[str, list[str]] = {}  # section -> names of its keys
+    for whole in known:
+        names.setdefault(whole.partition(".")[0], []).append(whole.partition(".")[2])
+    if key in names:
+        return f" A key is section.name, such as {key}.{names[key][0]}."
+    meant = nearest(section, names) if dot else None
+    own = names[meant] if meant else []
+    if name in own:
+        near = [f"{meant}.{name}"]
+    elif name in (all_names := sum(names.values(), [])):
+        near = [f"{other}.{name}" for other in names if name in names[other]]
+    elif dot:
+        near = [f"{meant}.{found}" for found in [nearest(name, own)] if found]
+    else:
+        found = nearest(name, all_names)
+        near = [f"{other}.{found}" for other in names if found in names[other]]
+    if near:
+        return f" Did you mean {' or '.join(map(repr, near))}?"
+    return (
+        f" A key is section.name; those of {meant}: {', '.join(own)}."
+        if own
+        else (f" A key is section.name; sections are {', '.join(names)}.")
+    )
 
 
 def differing_keys(stored: Config, asked: Config) -> list[str]:
@@ -398,7 +417,8 @@ def config_names() -> list[str]:
 def _find_config(name_or_file: str | Path) -> Path:
     if Path(name_or_file).suffix in (".yaml", ".yml"):
         path = Path(name_or_file)
-        _require(path.is_file(), f"config file {str(path)!r} does not exist.{nearest_path(path)}")
+        near = did_you_mean(path.stem, config_names()) if path.name == str(name_or_file) else ""
+        _require(path.is_file(), f"config file {str(path)!r} does not exist.{near or nearest_path(path)}")
         return path
     path = CONFIG_FOLDER / f"{name_or_file}.yaml"
     names = config_names()

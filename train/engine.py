@@ -43,7 +43,7 @@ from train.tasks import Tasks, batch_shares, check_untouched, count_correct, ope
 logger = logging.getLogger(__name__)
 
 #: Loss, and number of samples that are right.
-Judged = tuple[Tensor, Tensor]
+LossAndCorrect = tuple[Tensor, Tensor]
 
 #: Keeps the draws of several data sets apart under one seed.
 SEEDS_APART = 2**40
@@ -128,7 +128,7 @@ def train_stream(config: Config, stream: str, index: Index, folder: Path, world:
         net.compile()
     model = world.wrap(net.train(), bucket_mb=train.bucket_mb, gradient_compression=train.gradient_compression)
     guard = LossGuard(stream, path, start_step, world, lambda rows: _video_ids(rows, tasks, shares, world))
-    judge = _judge_of(tasks, shares, world)
+    compute_loss = _loss_of(tasks, shares, world)
     with (
         _train_loader(config, stream, tasks, shares, start_step, world) as loader,
         _open_log(folder, start_step, world) as log,
@@ -149,7 +149,7 @@ def train_stream(config: Config, stream: str, index: Index, folder: Path, world:
             masks = net.draw_masks(
                 train.seed, step, batch_size=train.batch_size, rank=world.rank, world_size=world.world_size
             )
-            guard.add(done, *update(model, optimizer, lr, batch, masks, config, judge), batch.draw.video)
+            guard.add(done, *update(model, optimizer, lr, batch, masks, config, compute_loss), batch.draw.video)
             meter.count(train.batch_size)
             if done % train.log_every == 0 or done == schedule.steps:
                 loss, num_correct = guard.look()
@@ -168,15 +168,15 @@ def train_stream(config: Config, stream: str, index: Index, folder: Path, world:
                 guard.saved = done
 
 
-def judge_slice(logits: Tensor, batch: Batch) -> Judged:
+def loss_of_slice(logits: Tensor, batch: Batch) -> LossAndCorrect:
     """Mean cross-entropy of a slice, slices are equal; and how many of its samples are right."""
     return F.cross_entropy(logits, batch.labels), count_correct(logits, batch.labels, None, [logits.shape[1]])
 
 
-def _judge_of(tasks: Tasks, shares: Sequence[int], world: World) -> Callable[[Tensor, Batch], Judged]:
-    """The judge of a stream's tasks, or the plain one of a single data set."""
+def _loss_of(tasks: Tasks, shares: Sequence[int], world: World) -> Callable[[Tensor, Batch], LossAndCorrect]:
+    """Loss and count of a stream's tasks, or the plain ones of a single data set."""
     if len(tasks.sets) == 1:
-        return judge_slice
+        return loss_of_slice
     num_outputs, num_samples = tasks.num_outputs, samples_of_tasks(tasks, shares)
     return lambda logits, batch: (
         tasks_loss(logits, batch.labels, batch.task, num_outputs, num_samples, world.world_size),
@@ -203,17 +203,17 @@ def update(
     batch: Batch,
     masks: tuple[Tensor, ...],
     config: Config,
-    judge: Callable[[Tensor, Batch], Judged] = judge_slice,
-) -> Judged:
+    compute_loss: Callable[[Tensor, Batch], LossAndCorrect] = loss_of_slice,
+) -> LossAndCorrect:
     """One SGD update on this rank's slice of the global batch.
 
-    judge: of (logits, batch), whose loss is such that its mean over the ranks is the global batch's: their gradients
+    compute_loss: of (logits, batch), such that its mean over the ranks is the global batch's loss: their gradients
     are averaged by the wrapped model.
     Returns the slice's loss before the update, and how many of its samples were right; scalars, on the device.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
-    loss, num_correct = judge(compute_logits(model, batch.inputs, masks, config), batch)
+    loss, num_correct = compute_loss(compute_logits(model, batch.inputs, masks, config), batch)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     if config.train.clip_grad_norm is not None:  # the gradients, and so their norm, are the same in every process

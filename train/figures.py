@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAX_RESULTS_BYTES = 1 << 29
+_MAX_LABEL_CHARS = 30
 _MAX_LABEL_CHARS = 80
 
 # --- what is drawn -----------------------------------------------------------------------------------------------
@@ -164,8 +165,8 @@ def confusion_figure(results: Path, method: str = "average") -> Figure:
     drawn = axes.imshow(np.ma.masked_invalid(shares), cmap="Blues", vmin=0, vmax=1, interpolation="none")
     axes.set_facecolor("0.85")
     if font_pt >= 5:
-        axes.set_xticks(range(K), classes, rotation=90, fontsize=font_pt, parse_math=False)
-        axes.set_yticks(range(K), classes, fontsize=font_pt, parse_math=False)
+        axes.set_xticks(range(K), _labels(classes), rotation=90, fontsize=font_pt, parse_math=False)
+        axes.set_yticks(range(K), _labels(classes), fontsize=font_pt, parse_math=False)
     if K <= 20:
         for (i, j), count in np.ndenumerate(confusion):
             if count:
@@ -178,6 +179,11 @@ def confusion_figure(results: Path, method: str = "average") -> Figure:
     return figure
 
 
+def _labels(names: Sequence[str]) -> list[str]:
+    """Names as tick labels: longer ones would leave the figure no room."""
+    return [name if len(name) <= _MAX_LABEL_CHARS else f"{name[:_MAX_LABEL_CHARS]}…" for name in names]
+
+
 def recall_figure(results: Path, method: str = "average") -> Figure:
     """Fig. 6: recall of each class, best first. results: a run folder or its results.json."""
     confusion, classes, caption = read_confusion(results, method)
@@ -188,7 +194,7 @@ def recall_figure(results: Path, method: str = "average") -> Figure:
     axes = figure.subplots()
     axes.bar(range(len(names)), 100 * np.array(recalls), width=0.8, color="tab:blue")
     if font_pt >= 5:
-        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=font_pt, parse_math=False)
+        axes.set_xticks(range(len(names)), _labels(names), rotation=90, fontsize=font_pt, parse_math=False)
     axes.set(xlim=(-0.6, len(names) - 0.4), ylim=(0, 100), ylabel="recall, %")
     axes.set_title(caption, fontsize=10, parse_math=False)
     axes.grid(axis="y", alpha=0.3)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 import sys
 from pathlib import Path
 
@@ -63,6 +64,9 @@ def open_run(run: Path, config: Config, resume: str) -> None:
         write_config(config, stored_path)
 
 
+_FAILURES = (ValueError, OSError, FloatingPointError, ProcessFailedError)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Command line: everything that can be wrong with the request is reported before a process starts."""
     parser = Parser(
@@ -96,12 +100,20 @@ def main(arguments: list[str] | None = None) -> None:
         help="auto (default) goes on with what the run folder holds; never starts over and deletes it",
     )
     Machines.add_arguments(parser)
-    options = parser.parse_intermixed_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    dashed = [word for word in words if re.match(r"--\w+\.\w+=", word)]
+    if dashed:
+        parser.error(f"{dashed[0]}: a setting is given without dashes: {dashed[0].lstrip('-')}")
+    options = parser.parse_intermixed_args(words)
     try:
         with ending_at_once():
             config, machines, run = _prepare(options)
-        launch(machines, _run, config, run, timeout_s=config.train.timeout_s)
-    except (ValueError, OSError, FloatingPointError, ProcessFailedError) as error:
+        try:
+            launch(machines, _run, config, run, timeout_s=config.train.timeout_s)
+        except _FAILURES:
+            leave_report(run)  # curves are wanted most where something failed
+            raise
+    except _FAILURES as error:
         sys.exit(f"error: {describe_error(error)}")
 
 

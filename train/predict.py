@@ -137,6 +137,8 @@ def _predict(predictor: Predictor, video: Path, options: argparse.Namespace) -> 
     try:
         if not video.exists():
             raise ValueError(f"there is no such file.{nearest_path(video)}")
+        if video.is_dir():
+            raise ValueError("is a folder: give the files in it, such as FOLDER/*.mp4.")
         prediction = predictor(video)
         tell(describe(prediction, options.top))
         found |= _as_json(prediction, options.top)

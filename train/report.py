@@ -10,6 +10,8 @@ import logging
 import sys
 from pathlib import Path
 
+from tqdm import tqdm
+
 from flow.command import Parser, describe_error
 from flow.page import Block, Heading, Text, to_html
 from flow.shard import write_bytes
@@ -40,7 +42,7 @@ def report_blocks(run: Path) -> list[Block]:
     """The whole page."""
     lead = [said for part in LEAD if (said := sentence(part, run))]
     blocks: list[Block] = [Heading(run.resolve().name, 1), Text(" ".join(lead) or "Nothing is known of this run.")]
-    for title, section in SECTIONS.items():
+    for title, section in tqdm(SECTIONS.items(), desc="report", unit="section", delay=1, leave=False, disable=None):
         blocks.append(Heading(title))
         blocks += guarded(section, run)
     return blocks
