@@ -17,7 +17,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, write_result
+from common import add_out, errors_in_a_line, result_path, write_result
 
 import numpy as np  # isort: skip
 from sklearn.preprocessing import normalize
@@ -135,14 +135,17 @@ def analyse(correct: dict[str, np.ndarray], groups: np.ndarray) -> dict[str, Any
     }
 
 
+@errors_in_a_line()
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description="Accuracy on real clips, pooled over splits and seeds.")
-    parser.add_argument("--data", type=Path, required=True, help="packed data set with its splits")
-    parser.add_argument("--config", default="ucf101_mini", help="of the runs (default %(default)s)")
-    parser.add_argument("--splits", type=int, nargs="+", default=[1, 2, 3], help="official ones (default: all)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the runs (default: 0 1 2)")
-    parser.add_argument("--runs", type=Path, help="folder of the runs (default: runs/CONFIG)")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/accuracy_CONFIG.json")
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="packed data set with its splits")
+    parser.add_argument("--config", default="ucf101_mini", metavar="NAME", help="of the runs (default %(default)s)")
+    parser.add_argument(
+        "--splits", type=int, nargs="+", default=[1, 2, 3], metavar="N", help="official ones (default: 1 2 3)"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="(default: 0 1 2)")
+    parser.add_argument("--runs", type=Path, metavar="DIR", help="folder of the runs (default: runs/CONFIG)")
+    add_out(parser, "accuracy_CONFIG")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for train.launch")
     options = parser.parse_intermixed_args(argv)
 
@@ -167,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
         "confusions": {method: counts.tolist() for method, counts in confusions.items()},
         "training": data_wait_pct(runs),
     }
-    out = options.out or RESULTS / f"accuracy_{options.config}.json"
+    out = result_path(options.out, f"accuracy_{Path(options.config).stem}")
     # The data set is named by its bytes, not by where it lies.
     resolved = {key: v for key, v in to_flat(read_config(runs[0] / "config.yaml")).items() if key != "data.root"}
     config: dict[str, Any] = {"dataset": index.fingerprint, "resolved": resolved}

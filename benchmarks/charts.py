@@ -2,13 +2,16 @@
 of which it knows how, and which is there."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from common import RESULTS, errors_in_a_line
 from matplotlib.figure import Figure
 
-RESULTS = Path(__file__).resolve().parent / "results"
+from flow.command import Parser
+
 PAPER = (4, 3.2)  # GPUs and speed-up (sec. 5)
 OURS, PEERS, REFERENCE, CEILINGS = "#c0392b", "#5d7289", "#a9b6c2", "#ffffff"
 
@@ -113,7 +116,14 @@ def draw_chart(name: str, path: Path) -> Path:
     return drawn
 
 
-if __name__ == "__main__":
+@errors_in_a_line()
+def main(argv: list[str] | None = None) -> int:
+    Parser(description="Draw the documents' charts from benchmarks/results.").parse_args(argv)
     for name in CHARTS:
         if (RESULTS / f"{name}.json").exists():
             print(f"drew {draw_chart(name, RESULTS / f'{name}.json')}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

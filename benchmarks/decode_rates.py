@@ -23,7 +23,18 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from common import default_out, demo_set, describe_data, write_result
+from common import (
+    CROP_PX,
+    add_crop_px,
+    add_data,
+    add_out,
+    choose_crop_px,
+    demo_set,
+    describe_data,
+    errors_in_a_line,
+    result_path,
+    write_result,
+)
 
 import numpy as np  # isort: skip
 from tqdm import tqdm
@@ -144,15 +155,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         description="Decode rates and parity, each case in a process of its own.",
     )
-    parser.add_argument("--data", type=Path, help="packed data set; default: the generated demo set")
-    parser.add_argument("--split", default="split1_train", help="list of videos (default %(default)s)")
+    add_data(parser)
+    parser.add_argument("--split", default="split1_train", metavar="NAME", help="list of videos (default %(default)s)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="that decodes (default %(default)s)")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: one per core")
-    parser.add_argument("--rounds", type=int, default=3, help="of each case (default %(default)s)")
-    parser.add_argument("--seconds", type=float, default=0.5, help="per round")
-    parser.add_argument("--timeout", type=float, default=90, help="of one case, in seconds")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        metavar="N",
+        help="that decode (default: one per core)",
+    )
+    add_crop_px(parser)
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="of each case (default %(default)s)")
+    parser.add_argument("--seconds", type=float, default=0.5, metavar="S", help="of a round (default %(default)s)")
+    parser.add_argument("--timeout", type=float, default=90, metavar="S", help="of one case (default %(default)s)")
     parser.add_argument("--quick", action="store_true", help="one short case a decoder: does it run?")
-    parser.add_argument("--out", type=Path, help="default: in benchmarks/results, see common.default_out")
+    add_out(parser, "decode_rates")
     # Of one case, when this program calls itself:
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--stream", choices=["spatial", "temporal"], default="temporal", help=argparse.SUPPRESS)
@@ -161,16 +179,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--hardware-load", type=float, default=0.65, help=argparse.SUPPRESS)
     parser.add_argument("--batch-size", type=int, default=64, help=argparse.SUPPRESS)
     parser.add_argument("--L", type=int, default=10, help=argparse.SUPPRESS)
-    parser.add_argument("--crop-px", type=int, default=224, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
-    partial = options.rounds < parser.get_default("rounds")
+    options.crop_px = choose_crop_px(options.data, options.crop_px)
+    partial = options.rounds < parser.get_default("rounds") or options.crop_px != CROP_PX
     less = {"quick": options.quick, "generated": options.data is None, "partial": partial}
-    options.out = options.out or default_out("decode_rates", **less)
+    options.out = result_path(options.out, "decode_rates", **less)
     if options.quick:
         options.rounds, options.seconds, options.L, options.crop_px = 1, 0.1, 2, 32
     return options
 
 
+@errors_in_a_line()
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     if options.measure:

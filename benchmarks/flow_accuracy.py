@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import default_out, write_result
+from common import add_out, errors_in_a_line, is_file, result_path, write_result
 
 import numpy as np  # isort: skip
 import numpy.typing as npt
 from tqdm import tqdm
 
 from flow.codec import Codec, decode_component, decode_grey, encode_component
-from flow.command import Parser, did_you_mean
+from flow.command import Parser, did_you_mean, nearest_path
 from flow.demo import draw_texture, shift
 from flow.extract import FlowMethod, flow_method
 
@@ -93,7 +93,10 @@ def read_pairs(folder: Path) -> list[Pair]:
             raise ValueError(f"{path}: no pixel's flow is known.")
         pairs.append(pair)
     if not pairs:
-        raise ValueError(f"{folder} holds no pairs: expected NAME/frame10.png, NAME/frame11.png and NAME/flow10.flo.")
+        raise ValueError(
+            f"{folder} holds no pairs: expected NAME/frame10.png, NAME/frame11.png and NAME/flow10.flo."
+            + nearest_path(folder)
+        )
     return pairs
 
 
@@ -167,36 +170,40 @@ def describe_pairs(pairs: list[Pair], generated: bool) -> dict[str, Any]:
     return {"name": "generated pair" if generated else "Middlebury", "size_px": sizes, "known_pct": known}
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(description="End-point error of every flow method.")
-    parser.add_argument("pairs", type=Path, nargs="?", metavar="DIR", help="pairs with truth; default: a generated one")
-    parser.add_argument("--methods", nargs="+", help=f"of {', '.join(SETTINGS)}")
+def add_methods(parser: argparse.ArgumentParser) -> None:
+    """--methods and --set, of `choose`."""
+    text = f"of {', '.join(SETTINGS)} (default: all that are for the device)"
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help=text)
     parser.add_argument(
         "--set", dest="settings", action="append", default=[], metavar="METHOD:key=value,...", help="one more row"
     )
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(description="End-point error of every flow method.")
+    parser.add_argument(
+        "pairs", type=Path, nargs="?", metavar="DIR", help="pairs with truth (default: a generated one)"
+    )
+    add_methods(parser)
     parser.add_argument("--device", choices=list(ROWS), default="cpu", help="that computes (default %(default)s)")
     parser.add_argument("--quick", action="store_true", help="the generated pair is tiny: does it run?")
-    parser.add_argument("--out", type=Path, help="default: in benchmarks/results, see common.default_out")
+    add_out(parser, "flow_accuracy")
     return parser.parse_args(argv)
 
 
+@errors_in_a_line()
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
-    try:
-        pairs = (
-            read_pairs(options.pairs)
-            if options.pairs
-            else [generated_pair(64, 96) if options.quick else generated_pair()]
-        )
-        chosen = choose(options.methods or ROWS[options.device], options.settings)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    pairs = (
+        read_pairs(options.pairs) if options.pairs else [generated_pair(64, 96) if options.quick else generated_pair()]
+    )
+    chosen = choose(options.methods or ROWS[options.device], options.settings)
     print(f"{'':16} {' '.join(f'{pair.name:>12}' for pair in pairs)}  after codec   mean, px")
     rows: list[dict[str, Any]] = []
     content: dict[str, Any] = {"data": describe_pairs(pairs, options.pairs is None), "rows": rows}
     failed = 0
     less = {"quick": options.quick, "generated": options.pairs is None, "partial": options.methods is not None}
-    out = options.out or default_out(f"flow_accuracy{'_cuda' if options.device == 'cuda' else ''}", **less)
+    out = result_path(options.out, f"flow_accuracy{'_cuda' if options.device == 'cuda' else ''}", **less)
     for name, (method_name, parameters) in chosen.items():
         try:
             method = flow_method(method_name, options.device, parameters)
@@ -211,7 +218,7 @@ def main(argv: list[str] | None = None) -> int:
         if {"brox", "dis"} <= set(errors_of):
             content["brox_no_worse_than_dis"] = no_worse_on(errors_of["brox"], errors_of["dis"])
         # A result that lacks rows gets no name but a given one.
-        complete = len(rows) == len(chosen) and (options.out is not None or not failed)
+        complete = len(rows) == len(chosen) and (is_file(options.out) or not failed)
         write_result(out, {"device": options.device, "codec": Codec().metadata()}, complete, **content)
     print(f"written to {out if complete else out.with_suffix('.partial.json')}")
     return failed

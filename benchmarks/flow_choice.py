@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from accuracy import collect
-from common import default_out, write_result
+from common import add_out, errors_in_a_line, result_path, write_result
 from trained import Arm, compare, list_runs, train_missing
 
 import cv2  # isort: skip
@@ -197,7 +197,7 @@ def compare_packs(options: argparse.Namespace) -> None:
     counts = {"num_videos": len(ids), "num_sources": len(set(groups)), "num_seeds": len(options.seeds)}
     whole = {"names": list(PACKINGS), "splits": [1, 2, 3], "seeds": [0, 1, 2]}
     asked = {"names": [arm.name for arm in arms], "splits": options.splits, "seeds": options.seeds}
-    out = options.out or default_out("flow_choice", partial=asked != whole)
+    out = result_path(options.out, "flow_choice", partial=asked != whole)
     write_result(out, config, data=data, **counts, chance_pct=100 / len(index.classes), rows=rows)
     for row in rows:
         low, high = row.get("difference", row)["interval_95_pct"]
@@ -212,22 +212,28 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     trims, trains = "trim clips, and pack them with every method", "train on every packing, and compare"
     first = commands.add_parser("prepare", help=trims, description=trims)
     first.set_defaults(do=prepare)
-    first.add_argument("--videos", type=Path, required=True, help="folder of class folders of videos")
-    first.add_argument("--splits", type=Path, required=True, help="folder of the official list files")
-    first.add_argument("--out", type=Path, required=True, help="folder of videos_32/ and packs/")
-    first.add_argument("--frames", type=int, default=32, help="of every clip, the middle ones (default %(default)s)")
-    first.add_argument("--workers", type=int, help="processes of a pack (default: one per core)")
-    first.add_argument("names", nargs="*", metavar="NAME", help=f"which of {', '.join(PACKINGS)}; default: all")
+    first.add_argument("--videos", type=Path, required=True, metavar="DIR", help="folder of class folders of videos")
+    first.add_argument("--splits", type=Path, required=True, metavar="DIR", help="folder of the official list files")
+    first.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of videos_32/ and packs/")
+    first.add_argument(
+        "--frames", type=int, default=32, metavar="N", help="of every clip, the middle ones (default %(default)s)"
+    )
+    first.add_argument("--workers", type=int, metavar="N", help="processes of a pack (default: one per core)")
+    first.add_argument("names", nargs="*", metavar="NAME", help=f"which of {', '.join(PACKINGS)} (default: all)")
     second = commands.add_parser("compare", help=trains, description=trains)
     second.set_defaults(do=compare_packs)
-    second.add_argument("--packs", type=Path, help="folder of the packings that are given by their names alone")
-    second.add_argument("--config", default="ucf101_mini", help="of the runs (default %(default)s)")
-    second.add_argument("--splits", type=int, nargs="+", default=[1, 2, 3], help="official ones (default: all)")
-    second.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the runs (default: 0 1 2)")
     second.add_argument(
-        "--runs", type=Path, default=Path("runs/flow_choice"), help="folder of the runs (default %(default)s)"
+        "--packs", type=Path, metavar="DIR", help="folder of the packings that are given by their names alone"
     )
-    second.add_argument("--out", type=Path, help="default: benchmarks/results/flow_choice[_partial].json")
+    second.add_argument("--config", default="ucf101_mini", metavar="NAME", help="of the runs (default %(default)s)")
+    second.add_argument(
+        "--splits", type=int, nargs="+", default=[1, 2, 3], metavar="N", help="official ones (default: 1 2 3)"
+    )
+    second.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="(default: 0 1 2)")
+    second.add_argument(
+        "--runs", type=Path, default=Path("runs/flow_choice"), metavar="DIR", help="of the runs (default %(default)s)"
+    )
+    add_out(second, "flow_choice")
     second.add_argument("--set", dest="overrides", nargs="+", default=[], metavar="key=value", help="for train.launch")
     second.add_argument("names", nargs="*", metavar="NAME[=DIR]", help="the first is what the others are held to")
     options = parser.parse_args(argv)
@@ -237,6 +243,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return options
 
 
+@errors_in_a_line()
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: ends the run in work too

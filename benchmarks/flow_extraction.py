@@ -33,9 +33,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from common import default_out, write_result
+from common import add_out, errors_in_a_line, is_file, result_path, write_result
 from crew import Crew, CrewError, Turn, Work
-from flow_accuracy import ROWS, SETTINGS, Setting, choose
+from flow_accuracy import ROWS, Setting, add_methods, choose
 from flow_works import choose_clips, decode_work, flow_work, jpeg_work, write_pairs
 from pack_parts import PackParts, pack_row, spread
 from tqdm import tqdm
@@ -209,22 +209,27 @@ def print_rows(content: dict[str, Any]) -> None:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description="What optical flow costs.")
-    parser.add_argument("--data", type=Path, help="folder of class folders of videos; default: generated ones")
-    parser.add_argument("--flow-gt", type=Path, help="pairs with truth, as for flow_accuracy.py")
-    parser.add_argument("--methods", nargs="+", help=f"of {', '.join(SETTINGS)}")
     parser.add_argument(
-        "--set", dest="settings", action="append", default=[], metavar="METHOD:key=value,...", help="one more row"
+        "--data", type=Path, metavar="DIR", help="folder of class folders of videos (default: generated ones)"
     )
+    parser.add_argument(
+        "--flow-gt", type=Path, metavar="DIR", help="pairs with truth, as for flow_accuracy.py (default: none)"
+    )
+    add_methods(parser)
     parser.add_argument("--device", choices=list(ROWS), default="cpu", help="that computes (default %(default)s)")
-    parser.add_argument("--gpus", type=int, default=1, help="with --device cuda: how many to use")
-    parser.add_argument("--rounds", type=int, default=3, help="interleaved over the rows (default %(default)s)")
-    parser.add_argument("--seconds", type=float, default=4.0, help="of a row in a round")
-    parser.add_argument("--clips", type=int, default=16, help="that are decoded and resized")
-    parser.add_argument("--pack-clips", type=int, default=24, help="whole clips that are packed")
-    parser.add_argument("--pairs", type=int, default=4, help="that every method works on, each of another clip")
-    parser.add_argument("--size", type=int, default=256, help="smaller side of the frames, px")
+    for option, value, metavar, text in (
+        ("--gpus", 1, "N", "with --device cuda: how many to use"),
+        ("--rounds", 3, "N", "interleaved over the rows"),
+        ("--seconds", 4.0, "S", "of a row in a round"),
+        ("--clips", 16, "N", "that are decoded and resized"),
+        ("--pack-clips", 24, "N", "whole clips that are packed"),
+        ("--pairs", 4, "N", "that every method works on, each of another clip"),
+        ("--size", 256, "PX", "smaller side of the frames in px"),
+    ):
+        text += " (default %(default)s)"
+        parser.add_argument(option, type=type(value), default=value, metavar=metavar, help=text)
     parser.add_argument("--quick", action="store_true", help="one short round on tiny frames: does it run?")
-    parser.add_argument("--out", type=Path, help="default: in benchmarks/results, see common.default_out")
+    add_out(parser, "flow_extraction")
     options = parser.parse_args(argv)
     options.cores = min(len(os.sched_getaffinity(0)), MAX_CPU_PROCESSES if options.device == "cuda" else 1 << 20)
     options.partial = bool(options.methods) or options.rounds < parser.get_default("rounds")
@@ -235,22 +240,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return options
 
 
+@errors_in_a_line()
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
-    try:
-        chosen = choose(options.methods, options.settings)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    chosen = choose(options.methods, options.settings)
     config = {key: value for key, value in vars(options).items() if not isinstance(value, Path)}
     paper = {"s_per_pair": PAPER_S_PER_PAIR, "hours_ucf101": PAPER_S_PER_PAIR * UCF101_PAIRS / 3600}
     less = {"quick": options.quick, "generated": options.data is None, "partial": options.partial}
-    out = options.out or default_out(f"flow_extraction{'_cuda' if options.device == 'cuda' else ''}", **less)
+    out = result_path(options.out, f"flow_extraction{'_cuda' if options.device == 'cuda' else ''}", **less)
     content: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for content in measure_rounds(options, Path(folder), chosen):
             write_result(out, config, complete=False, ucf101_pairs=UCF101_PAIRS, paper=paper, **content)
     failed = any("error" in row for row in content["rows"])
-    complete = options.out is not None or not failed  # a result that lacks rows gets no name but a given one
+    complete = is_file(options.out) or not failed  # a result that lacks rows gets no name but a given one
     write_result(out, config, complete, ucf101_pairs=UCF101_PAIRS, paper=paper, **content)
     print_rows(content)
     print(f"written to {out if complete else out.with_suffix('.partial.json')}")

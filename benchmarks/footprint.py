@@ -18,7 +18,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import default_out, demo_set, describe_data, write_result
+from common import (
+    CROP_PX,
+    add_crop_px,
+    add_data,
+    add_out,
+    choose_crop_px,
+    demo_set,
+    describe_data,
+    errors_in_a_line,
+    result_path,
+    write_result,
+)
 
 import numpy as np  # isort: skip
 from tqdm import tqdm
@@ -127,33 +138,40 @@ def run_case(case: str, **arguments: Any) -> dict[str, Any]:
     return {"case": case, **json.loads(result.stdout.splitlines()[-1])}
 
 
+@errors_in_a_line()
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description="Start-up and memory of the loader.")
-    parser.add_argument("--data", type=Path, help="packed data set; default: the generated demo set")
-    parser.add_argument("--videos", type=int, default=1_000_000, help="of the made index (default %(default)s)")
-    parser.add_argument("--batches", type=int, default=2000, help="over which nothing may grow (default %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="of opening (default %(default)s)")
+    add_data(parser)
+    parser.add_argument(
+        "--videos", type=int, default=1_000_000, metavar="N", help="of the made index (default %(default)s)"
+    )
+    parser.add_argument(
+        "--batches", type=int, default=2000, metavar="N", help="over which nothing may grow (default %(default)s)"
+    )
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="of opening (default %(default)s)")
+    add_crop_px(parser)
     parser.add_argument("--quick", action="store_true", help="few videos and batches: does it run?")
-    parser.add_argument("--out", type=Path, help="default: in benchmarks/results, see common.default_out")
+    add_out(parser, "footprint")
     # Of one case, when this program calls itself:
     parser.add_argument("--case", choices=list(CASES), help=argparse.SUPPRESS)
     parser.add_argument("--small", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--batch-size", type=int, default=8, help=argparse.SUPPRESS)
-    parser.add_argument("--crop-px", type=int, default=224, help=argparse.SUPPRESS)
     parser.add_argument("--L", type=int, default=10, help=argparse.SUPPRESS)
     parser.add_argument("--k", type=int, default=1, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.case:
         print(json.dumps(CASES[options.case](options)))
         return 0
+    options.crop_px = choose_crop_px(options.data, options.crop_px)
     partial = any(getattr(options, key) < parser.get_default(key) for key in ("videos", "batches", "rounds"))
+    partial |= options.crop_px != CROP_PX
     less = {"quick": options.quick, "generated": options.data is None, "partial": partial}
-    out = options.out or default_out("footprint", **less)
+    out = result_path(options.out, "footprint", **less)
     if options.quick:
-        options.videos, options.batches, options.rounds = 1000, 40, 1
+        options.videos, options.batches, options.rounds, options.crop_px = 1000, 40, 1, 40
     with tempfile.TemporaryDirectory() as folder:
         data = options.data or demo_set(Path(folder), 64 if options.quick else 256)
-        shape = {"crop_px": 40 if options.quick else 224, "batch_size": 8}
+        shape = {"crop_px": options.crop_px, "batch_size": 8}
         config = {key: value for key, value in vars(options).items() if not isinstance(value, Path)} | shape
         config |= {"data": describe_data(open_index(data), options.data is None)}
         many = Path(folder) / "many"

@@ -3,9 +3,9 @@
     python benchmarks/loader_throughput.py [--data PACKED] [--rows NAME ...] [--cold] [--quick]
 
 Every row delivers training batches of the same kind: float32 (N, 2L, 224, 224) of stacked fields less their means, or
-(N, 3, 224, 224) of colour-jittered RGB, cropped and mirrored at random. Every row reports the views it delivered; in
-every round some of them are recomputed with the reference. A row that differs, or fails, is left out with its error,
-the others go on, and the exit status is 1.
+(N, 3, 224, 224) of colour-jittered RGB, cropped and mirrored at random; smaller crops of smaller frames, see --crop-px.
+Every row reports the views it delivered; in every round some of them are recomputed with the reference. A row that
+differs, or fails, is left out with its error, the others go on, and the exit status is 1.
 
     ours_k1, _k4, _k8 this project's loader; k stacks from each decoded window of L+k-1 fields (temporal)
     ours_k1_cold      --cold: the same, the shards evicted from the page cache before every round
@@ -40,7 +40,18 @@ from typing import Any
 import ceilings
 import numpy as np
 import peers
-from common import default_out, demo_set, describe_data, write_result
+from common import (
+    CROP_PX,
+    add_crop_px,
+    add_data,
+    add_out,
+    choose_crop_px,
+    demo_set,
+    describe_data,
+    errors_in_a_line,
+    result_path,
+    write_result,
+)
 from row import Checked, Delivered, Job, Maker, Measured, RowError, RowProcess
 from tqdm import tqdm
 
@@ -247,33 +258,52 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         description="Loader throughput beside its peers and its ceilings.",
     )
-    parser.add_argument("--data", type=Path, help="packed data set; default: the generated demo set at 256 px")
-    parser.add_argument("--split", default="split1_train", help="list of videos (default: %(default)s)")
+    add_data(parser)
+    parser.add_argument("--split", default="split1_train", metavar="NAME", help="list of videos (default %(default)s)")
     parser.add_argument(
-        "--streams", nargs="+", choices=["temporal", "spatial"], default=["temporal", "spatial"], help="default: both"
+        "--streams", nargs="+", choices=["temporal", "spatial"], default=["temporal", "spatial"], help="(default: both)"
     )
-    parser.add_argument("--rows", nargs="+", choices=NAMES, metavar="NAME", help=f"of {', '.join(NAMES)}")
+    parser.add_argument(
+        "--rows", nargs="+", choices=NAMES, metavar="NAME", help=f"of {', '.join(NAMES)} (default: all that fit)"
+    )
     parser.add_argument("--cold", action="store_true", help="also ours_k1_cold; needs data larger than a round reads")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="that loads (default %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=64, help="default %(default)s")
-    parser.add_argument("--rounds", type=int, default=5, help="interleaved over the rows (default %(default)s)")
-    parser.add_argument("--seconds", type=float, default=3.0, help="per row and round")
-    parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)), help="threads of every row")
-    parser.add_argument("--workers", type=int, nargs="+", metavar="N", help="worker processes to try; default: 1 to 4")
-    parser.add_argument("--out", type=Path, help="default: in benchmarks/results, see common.default_out")
+    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="samples (default %(default)s)")
+    add_crop_px(parser)
+    parser.add_argument(
+        "--rounds", type=int, default=5, metavar="N", help="interleaved over the rows (default %(default)s)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=3.0, metavar="S", help="of a row in a round (default %(default)s)"
+    )
+    parser.add_argument(
+        "--cores",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        metavar="N",
+        help="threads of every row (default: one per core)",
+    )
+    parser.add_argument(
+        "--workers", type=int, nargs="+", metavar="N", help="worker processes to try (default: 1 2 3 4)"
+    )
+    add_out(parser, "loader_throughput")
     parser.add_argument("--quick", action="store_true", help="one short round on small crops: does it run?")
     arguments = parser.parse_args(argv)
+    arguments.crop_px = choose_crop_px(arguments.data, arguments.crop_px)
     partial = bool(arguments.rows) or arguments.rounds < parser.get_default("rounds") or len(arguments.streams) < 2
+    partial |= arguments.crop_px != CROP_PX
     less = {"quick": arguments.quick, "generated": arguments.data is None, "partial": partial}
-    arguments.out = arguments.out or default_out("loader_throughput", **less)
+    arguments.out = result_path(arguments.out, "loader_throughput", **less)
     arguments.rows = arguments.rows or [name for name in NAMES if arguments.cold or name != "ours_k1_cold"]
     arguments.workers = arguments.workers or ([1] if arguments.quick else [1, 2, 3, 4])
-    arguments.L, arguments.crop_px = (2, 40) if arguments.quick else (10, 224)
+    arguments.L = 10
     if arguments.quick:
+        arguments.L, arguments.crop_px = 2, 40
         arguments.rounds, arguments.seconds, arguments.batch_size = 1, 0.2, 8
     return arguments
 
 
+@errors_in_a_line()
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     # Not without ending the rows, which may be stopped:

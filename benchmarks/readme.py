@@ -1,20 +1,19 @@
 """Writes the tables of the README and of docs/*.md from benchmarks/results/*.json: `python benchmarks/readme.py`. A
 table stands between the markers <!-- name --> and <!-- /name --> of a page. A test compares them."""
 
-import argparse
 import json
 import math
 import re
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from statistics import median
 from typing import Any
 
+from common import RESULTS, ROOT, errors_in_a_line
 from promises import faults_table, fuzz_table, soak_table
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+from flow.command import Parser
+
 UNKNOWN = "–"
 
 
@@ -57,7 +56,7 @@ _SHORT_ROWS = {
     "ours_k4": "this loader, decode once, stack 4",
     "torch_dataloader": "torch `DataLoader` and OpenCV",
     "dali_textbook": "DALI, a decoder for every channel",
-    "ceiling_decode": "ceiling: all cores decode, and do nothing else",
+    "ceiling_decode": "ceiling for one decode a field: all cores decode, and do nothing else",
 }
 
 
@@ -359,8 +358,9 @@ def render(text: str, tables: Tables) -> str:
     return text
 
 
+@errors_in_a_line()
 def main(argv: list[str] | None = None) -> int:
-    argparse.ArgumentParser(description="Write the documents' tables from benchmarks/results.").parse_args(argv)
+    Parser(description="Write the documents' tables from benchmarks/results.").parse_args(argv)
     for name, tables in PAGES.items():
         page = ROOT / name
         page.write_text(render(page.read_text(), tables))

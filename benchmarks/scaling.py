@@ -28,7 +28,7 @@ from statistics import median
 from typing import Any
 
 from charts import draw_chart
-from common import default_out, demo_set, describe_data, write_result
+from common import add_out, demo_set, describe_data, errors_in_a_line, result_path, write_result
 from scaling_model import (
     BYTES,
     PROJECTED,
@@ -61,6 +61,15 @@ from loaders.batch import Batch
 from loaders.index import open_index
 from train.config import to_flat
 from train.dist import Machines, World, launch
+
+#: Option -> its default on GPUs, and on a CPU.
+DEFAULTS = {
+    "batch_size": (256, 32),
+    "width": (1.0, 0.5),
+    "crop_px": (224, 112),
+    "steps": (100, 3),
+    "warm_up": (20, 1),
+}
 
 # --- one launch, in n processes ----------------------------------------------------------------------------------
 
@@ -173,48 +182,48 @@ def parse(argv: list[str]) -> argparse.Namespace:
         description="Speed-up with the number of GPUs, or CPU cores, and a model of it.",
     )
     where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--gpus", type=counts, help="numbers of GPUs, such as 1,2,4")
-    where.add_argument("--procs", type=counts, help="numbers of processes on the CPU, each on one core, such as 1,2")
-    add_arguments(parser)
-    parser.add_argument("--stacks-per-window", type=int, default=1, help="of the loader")
-    parser.add_argument("--loader-seconds", type=float, default=1.0, help="for the loader alone")
+    where.add_argument("--gpus", type=counts, metavar="N,N", help="numbers of GPUs, such as 1,2,4")
+    where.add_argument(
+        "--procs", type=counts, metavar="N,N", help="numbers of processes on the CPU, each on one core, such as 1,2"
+    )
+    add_arguments(parser, DEFAULTS)
+    parser.add_argument(
+        "--stacks-per-window", type=int, default=1, metavar="K", help="of the loader (default %(default)s)"
+    )
+    parser.add_argument(
+        "--loader-seconds", type=float, default=1.0, metavar="S", help="for the loader alone (default %(default)s)"
+    )
     parser.add_argument(
         "--link-gbytes-per-s",
         type=float,
+        metavar="X",
         help="of the projection: what a device sends, and receives, in a second (NVLink 4 about 300, a 400 Gbit/s "
-        "network 50); default: as measured on the largest n, or 300",
+        "network 50; default: as measured on the largest n, or 300)",
     )
-    parser.add_argument("--host-cores-per-gpu", type=int, help="of the projection's loader; default: this machine's")
     parser.add_argument(
-        "--out", type=Path, help="default: in benchmarks/results, see common.default_out; the chart is put beside it"
+        "--host-cores-per-gpu", type=int, metavar="N", help="of the projection's loader (default: this machine's)"
     )
+    add_out(parser, "scaling")
     parser.add_argument("--measure", type=int, help=argparse.SUPPRESS)  # one launch: this program calls itself
     options = parser.parse_args(argv)
-    less = {"quick": options.quick, "generated": options.data is None}
-    less["partial"] = options.rounds < parser.get_default("rounds")
-    options.out = options.out or default_out("scaling", **less)
     options.counts, cores = options.gpus or options.procs, len(os.sched_getaffinity(0))
     if options.counts[0] != 1 or options.counts != sorted(set(options.counts)):
         parser.error(f"{options.counts}: give rising numbers from 1, against which the others are measured.")
     available, what = (torch.cuda.device_count(), "GPUs") if options.gpus else (cores, "cores")
     if options.measure is None and options.counts[-1] > available:
         parser.error(f"{options.counts[-1]} asked for, but this machine has {available} usable {what}.")
-    on_gpu = bool(options.gpus)
-    fill(
-        options,
-        batch_size=256 if on_gpu else 32,
-        width=1.0 if on_gpu else 0.5,
-        crop_px=224 if on_gpu else 112,
-        steps=100 if on_gpu else 3,
-        warm_up=20 if on_gpu else 1,
-        host_cores_per_gpu=max(1, cores // available) if on_gpu else 1,
-    )
+    partial = options.rounds < parser.get_default("rounds")
+    partial |= fill(options, DEFAULTS, bool(options.gpus))
+    options.host_cores_per_gpu = options.host_cores_per_gpu or (max(1, cores // available) if options.gpus else 1)
+    less = {"quick": options.quick, "generated": options.data is None, "partial": partial}
+    options.out = result_path(options.out, "scaling", **less)
     for n in options.counts:
         if options.batch_size % (n * options.stacks_per_window):
             parser.error(f"--batch-size {options.batch_size} does not divide into {n} whole shares; choose a multiple.")
     return options
 
 
+@errors_in_a_line()
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     options = parse(argv)

@@ -21,7 +21,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, default_out, demo_set, describe_data, write_result
+from common import (
+    ROOT,
+    add_data,
+    add_out,
+    choose_crop_px,
+    demo_set,
+    describe_data,
+    errors_in_a_line,
+    result_path,
+    write_result,
+)
 
 import numpy as np  # isort: skip
 import psutil  # isort: skip
@@ -30,7 +40,7 @@ from tqdm import tqdm
 from flow.command import Parser
 from loaders import dali_loader
 from loaders.batch import StreamSpec
-from loaders.index import Index, open_index
+from loaders.index import open_index
 
 PARTS = ["loader", "training"]
 WARM_UP = 0.2
@@ -175,9 +185,9 @@ def load(data: Path, crop_px: int, started: Path) -> None:
         sys.exit(130)
 
 
-def parts(options: argparse.Namespace, data: Path, index: Index, folder: Path) -> dict[str, tuple[list[str], Path]]:
+def parts(options: argparse.Namespace, data: Path, folder: Path) -> dict[str, tuple[list[str], Path]]:
     """Part -> its command, and the file that it makes when it is at work."""
-    crop_px = min(int(index.heights.min()), int(index.widths.min()), 224) * 7 // 8
+    crop_px = choose_crop_px(data)
     alone = [sys.executable, str(Path(__file__).resolve()), "--part", "loader", "--data", str(data.resolve())]
     alone += ["--crop-px", str(crop_px), "--started", str(folder / "started")]
     run = folder / "run"
@@ -199,36 +209,40 @@ def parts(options: argparse.Namespace, data: Path, index: Index, folder: Path) -
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", type=Path, help="packed set (default: a generated one)")
-    parser.add_argument("--minutes", type=float, default=30, help="of both parts together (default %(default)s)")
-    parser.add_argument("--every", type=float, default=5, help="seconds from sample to sample (default %(default)s)")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: both")
+    add_data(parser)
+    parser.add_argument(
+        "--minutes", type=float, default=30, metavar="N", help="of both parts together (default %(default)s)"
+    )
+    parser.add_argument(
+        "--every", type=float, default=5, metavar="S", help="seconds from sample to sample (default %(default)s)"
+    )
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="(default: both)")
     parser.add_argument("--quick", action="store_true", help="a few seconds, to see that it runs")
-    parser.add_argument("--out", type=Path, help="results file (default: benchmarks/results/soak.json)")
+    add_out(parser, "soak")
     parser.add_argument("--part", choices=["loader"], help=argparse.SUPPRESS)
     parser.add_argument("--crop-px", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--started", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
+@errors_in_a_line()
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     if options.part:
         load(options.data, options.crop_px, options.started)
     partial = options.minutes < 30 or len(options.parts) < len(PARTS)
     less = {"quick": options.quick, "generated": options.data is None, "partial": partial}
-    out = options.out or default_out("soak", **less)
+    out = result_path(options.out, "soak", **less)
     if options.quick:
         options.minutes, options.every = 0.05, 0.2
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         data = options.data or demo_set(folder, 64 if options.quick else 128)
-        index = open_index(data)
         config = {"minutes": options.minutes, "every_s": options.every, "warm_up": WARM_UP}
         config |= {"max_rise_pct": MAX_RISE_PCT, "max_rise_count": MAX_RISE_COUNT}
-        config |= {"data": describe_data(index, options.data is None)}
-        commands = parts(options, data, index, folder)
+        config |= {"data": describe_data(open_index(data), options.data is None)}
+        commands = parts(options, data, folder)
         for name in options.parts:
             command, started = commands[name]
             rows.append({"name": name, **soak(command, 30 * options.minutes, options.every, folder, started)})

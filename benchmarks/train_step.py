@@ -30,7 +30,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from common import default_out, demo_set, describe_data, write_result
+from common import add_out, demo_set, describe_data, errors_in_a_line, result_path, write_result
 from trainee import (
     Trainee,
     add_arguments,
@@ -58,6 +58,15 @@ from train.dist import Machines, World, launch
 from train.model import build_net, stream_spec
 
 ROWS = ("resident", "loader_k1", "loader_k8", "resident_compiled")
+
+#: Option -> its default on a GPU, and on a CPU.
+DEFAULTS = {
+    "batch_size": (256, 32),
+    "width": (1.0, 1.0),
+    "crop_px": (224, 224),
+    "steps": (100, 2),
+    "warm_up": (20, 1),
+}
 
 #: Dense bfloat16, data sheets, by a part of the device's name. The PCIe variants of the H100 have less: --peak-tflops.
 PEAK_TFLOPS = {"H100 80GB HBM3": 989.0, "H200": 989.0, "A100": 312.0}
@@ -195,39 +204,38 @@ def show(result: dict[str, Any]) -> None:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description="A training step with resident data and with the loader.")
-    add_arguments(parser)
+    add_arguments(parser, DEFAULTS)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="that trains (default %(default)s)")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, help="default: all that the device can run")
-    parser.add_argument("--peak-tflops", type=float, help="the machine's peak, if it is not known")
-    parser.add_argument("--loader-seconds", type=float, default=1.0, help="for the loader alone, per row and round")
-    parser.add_argument("--out", type=Path, help="default: in benchmarks/results, see common.default_out")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, help="(default: all that the device can run)")
+    parser.add_argument(
+        "--peak-tflops", type=float, metavar="X", help="the machine's peak (default: its data sheet's, or measured)"
+    )
+    parser.add_argument(
+        "--loader-seconds",
+        type=float,
+        default=1.0,
+        metavar="S",
+        help="for the loader alone, in a round (default %(default)s)",
+    )
+    add_out(parser, "train_step")
     options = parser.parse_args(argv)
     partial = bool(options.rows) or options.rounds < parser.get_default("rounds")
-    less = {"quick": options.quick, "generated": options.data is None, "partial": partial}
-    options.out = options.out or default_out("train_step", **less)
     on_gpu = options.device == "cuda"
-    fill(
-        options,
-        batch_size=256 if on_gpu else 32,
-        width=1.0,
-        crop_px=224,
-        steps=100 if on_gpu else 2,
-        warm_up=20 if on_gpu else 1,
-        rows=list(ROWS if on_gpu else ROWS[:3]),
-    )
+    partial |= fill(options, DEFAULTS, on_gpu)
+    options.rows = options.rows or list(ROWS if on_gpu else ROWS[:3])
+    less = {"quick": options.quick, "generated": options.data is None, "partial": partial}
+    options.out = result_path(options.out, "train_step", **less)
     return options
 
 
+@errors_in_a_line()
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     gpus = int(options.device == "cuda")
     with tempfile.TemporaryDirectory() as folder:
         data = options.data or demo_set(Path(folder), 256 if not options.quick else 64)
         machines = Machines(num_gpus=gpus)
-        try:
-            machines.check(options.batch_size)
-        except ValueError as error:
-            sys.exit(f"error: {error}")
+        machines.check(options.batch_size)
         launch(machines, measure, options, data)
     show(json.loads(options.out.read_text()))
     print(f"written to {options.out}")

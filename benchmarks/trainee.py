@@ -8,8 +8,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import common  # noqa: F401  finds the packages below in the checkout
 import torch
+from common import add_data, choose_crop_px
 
 from loaders.batch import Batch
 from loaders.index import Index
@@ -18,6 +18,9 @@ from train.dist import World
 from train.engine import loader_module, loader_options, update
 from train.meter import GpuTimeline, Meter
 from train.model import build_net, build_optimizer, stream_spec
+
+#: Option -> its default on GPUs, and on a CPU.
+Defaults = dict[str, tuple[Any, Any]]
 
 #: Too small for weights that see one batch again and again to leave the range of usual numbers.
 LEARNING_RATE = 1e-4
@@ -149,25 +152,42 @@ def make_config(options: argparse.Namespace, data: Path, **more: Any) -> Config:
     return from_flat({**values, **{key.replace("__", "."): value for key, value in more.items()}})
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that both benchmarks share."""
-    parser.add_argument("--data", type=Path, help="packed data set; default: the generated demo set at 256 px")
-    parser.add_argument("--split", default="split1", help="official split (default %(default)s)")
-    parser.add_argument("--batch-size", type=int, help="global batch")
-    parser.add_argument("--width", type=float, help="factor on the net's channels and units")
-    parser.add_argument("--crop-px", type=int, help="side of the input")
-    parser.add_argument("--L", type=int, default=10, help="fields of a stack (default %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="interleaved (default %(default)s)")
-    parser.add_argument("--steps", type=int, help="of a group, whose mean is one figure")
-    parser.add_argument("--warm-up", type=int, help="steps before a group")
+def add_arguments(parser: argparse.ArgumentParser, defaults: Defaults) -> None:
+    """The arguments that both benchmarks share; `fill` gives those that are left out."""
+    said = {name: f"{on_gpu} on GPUs, {on_cpu} on a CPU" for name, (on_gpu, on_cpu) in defaults.items()}
+    add_data(parser)
+    parser.add_argument("--split", default="split1", metavar="NAME", help="official split (default %(default)s)")
+    parser.add_argument("--batch-size", type=int, metavar="N", help=f"global batch (default {said['batch_size']})")
+    parser.add_argument(
+        "--width", type=float, metavar="X", help=f"factor on the net's channels and units (default {said['width']})"
+    )
+    parser.add_argument(
+        "--crop-px",
+        type=int,
+        metavar="PX",
+        help=f"side of the input (default {said['crop_px']}, or what fits into smaller frames)",
+    )
+    parser.add_argument("--L", type=int, default=10, metavar="N", help="fields of a stack (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="interleaved (default %(default)s)")
+    parser.add_argument(
+        "--steps", type=int, metavar="N", help=f"of a group, whose mean is one figure (default {said['steps']})"
+    )
+    parser.add_argument("--warm-up", type=int, metavar="N", help=f"steps before a group (default {said['warm_up']})")
     parser.add_argument("--quick", action="store_true", help="one short round of a tiny net: does it run?")
 
 
-def fill(options: argparse.Namespace, **defaults: Any) -> None:
-    """Give the options that were left out their defaults; --quick overrules sizes and times."""
-    for name, value in defaults.items():
+def fill(options: argparse.Namespace, defaults: Defaults, on_gpu: bool) -> bool:
+    """Give the options that were left out their defaults; --quick overrules sizes and times.
+
+    Returns whether the crop is another than the default, as it is for smaller frames.
+    """
+    usual = {name: values[0 if on_gpu else 1] for name, values in defaults.items()}
+    options.crop_px = choose_crop_px(options.data, options.crop_px, usual["crop_px"])
+    for name, value in usual.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
+    other_crop = bool(options.crop_px != usual["crop_px"])
     if options.quick:
         vars(options).update(batch_size=8, width=1 / 32, crop_px=48, L=3)
         vars(options).update(rounds=1, steps=2, warm_up=1, loader_seconds=0.1)
+    return other_crop

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from accuracy import collect
-from common import RESULTS, write_result
+from common import add_out, errors_in_a_line, result_path, write_result
 from trained import Arm, compare, list_runs, train_missing
 
 import numpy as np  # isort: skip
@@ -32,22 +32,27 @@ OVERRIDES = (
 )
 
 
+@errors_in_a_line()
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description="Accuracy of the temporal net by stacks per window.")
-    parser.add_argument("--data", type=Path, required=True, help="packed data set with its splits")
-    parser.add_argument("--config", default="ucf101_mini", help="of the runs (default %(default)s)")
-    parser.add_argument("--k", type=int, nargs="+", default=[1, 4, 8], help="the first is what the others are held to")
-    parser.add_argument("--splits", type=int, nargs="+", default=[1, 2, 3], help="official ones (default: all)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the runs (default: 0 1 2)")
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="packed data set with its splits")
+    parser.add_argument("--config", default="ucf101_mini", metavar="NAME", help="of the runs (default %(default)s)")
     parser.add_argument(
-        "--runs", type=Path, default=Path("runs/windows"), help="folder of the runs (default %(default)s)"
+        "--k",
+        type=int,
+        nargs="+",
+        default=[1, 4, 8],
+        metavar="K",
+        help="stacks of a window; the first is what the others are held to (default: 1 4 8)",
     )
     parser.add_argument(
-        "--out",
-        type=Path,
-        default=RESULTS / "windows_accuracy.json",
-        help="default: benchmarks/results/windows_accuracy.json",
+        "--splits", type=int, nargs="+", default=[1, 2, 3], metavar="N", help="official ones (default: 1 2 3)"
     )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="(default: 0 1 2)")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs/windows"), metavar="DIR", help="of the runs (default %(default)s)"
+    )
+    add_out(parser, "windows_accuracy")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for train.launch")
     options = parser.parse_intermixed_args(argv)
 
@@ -72,10 +77,11 @@ def main(argv: list[str] | None = None) -> int:
     config: dict[str, Any] = {"dataset": index.fingerprint, "resolved": resolved, "overrides": options.overrides}
     config |= {"splits": options.splits, "seeds": options.seeds}
     counts = {"num_videos": len(ids), "num_sources": len(set(groups)), "num_seeds": len(options.seeds)}
-    write_result(options.out, config, **counts, chance_pct=100 / len(index.classes), rows=rows)
+    out = result_path(options.out, "windows_accuracy")
+    write_result(out, config, **counts, chance_pct=100 / len(index.classes), rows=rows)
     for row in rows:
         print(row)
-    print(f"written to {options.out}")
+    print(f"written to {out}")
     return 0
 
 

@@ -29,7 +29,7 @@ COMMANDS = [
     path.relative_to(ROOT)
     for folder in ("flow", "train", "benchmarks", "tests/faults", "tests/fuzz")
     for path in sorted((ROOT / folder).glob("*.py"))
-    if "def main(" in path.read_text() and path.name != "child.py"
+    if '__name__ == "__main__"' in path.read_text() and path.name != "child.py"
 ]
 
 

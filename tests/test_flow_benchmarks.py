@@ -212,10 +212,10 @@ def test_extraction_is_measured_on_clips(packed_demo, tmp_path):
 
 
 def test_a_lesser_result_takes_no_other_place(tmp_path):
-    results = common.RESULTS
-    assert common.default_out("any") == results / "any.json"
-    assert common.default_out("any", generated=True, partial=True) == results / "any_generated.json"
-    assert common.default_out("any", quick=True, generated=True) == results / "any_quick.json"
+    assert common.result_path(tmp_path, "any") == tmp_path / "any.json"
+    assert common.result_path(tmp_path, "any", generated=True, partial=True) == tmp_path / "any_generated.json"
+    assert common.result_path(tmp_path, "any", quick=True, generated=True) == tmp_path / "any_quick.json"
+    assert common.result_path(tmp_path / "my.json", "any", quick=True) == tmp_path / "my.json"
     path, partial = tmp_path / "any.json", tmp_path / "any.partial.json"
     common.write_result(path, {}, rows=[1, 2])
     common.write_result(path, {}, complete=False, rows=[3])

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.common import default_out, write_result
+from benchmarks.common import add_out, result_path, write_result
 from flow.command import Parser, did_you_mean, say
 from tests.faults import Fault, disks, packing, shards, training
 
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"default: all; {', '.join(CASES)}")
     parser.add_argument("--seed", type=int, help="of all that is random (default: drawn)")
     parser.add_argument("--short", action="store_true", help="the few of each case that `make test` has time for")
-    parser.add_argument("--out", type=Path, help="results file (default: benchmarks/results/faults.json)")
+    add_out(parser, "faults")
     options = parser.parse_args(argv)
     # Killed processes leave semaphores; what frees them at the end would say so behind the last line.
     os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"no such case: {', '.join(sorted(unknown))}. Known: {', '.join(CASES)}.{near}")
     names = options.cases or list(CASES)
     seed = np.random.SeedSequence().generate_state(1).item() if options.seed is None else options.seed
-    out = options.out or default_out("faults", quick=options.short, partial=bool(options.cases))
+    out = result_path(options.out, "faults", quick=options.short, partial=bool(options.cases))
     config = {"seed": seed, "short": options.short, "cases": names}
     rows: list[dict[str, Any]] = []
     for name in tqdm(names, desc="cases", unit="case", disable=None):

@@ -1,7 +1,7 @@
 """The campaign: `python -m tests.fuzz [--seconds 1800] [--seed S] [TARGET ...]`.
 
 Targets take turns, each in a child process (tests.fuzz.child) with limits on time and memory, until the seconds are
-used up. Counts go to benchmarks/results/fuzz.json, in full after the last turn and as a partial result after each one.
+used up. Counts go to fuzz.json, in full after the last turn and as a partial result after each one.
 Exit code 1: something was found; the inputs are named.
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.common import default_out, write_result
+from benchmarks.common import add_out, result_path, write_result
 from flow.command import Parser, did_you_mean, say
 from tests.fuzz.child import LIMIT_MB, TIMEOUT_S
 from tests.fuzz.targets import TARGETS
@@ -123,7 +123,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--turn", type=float, default=45, metavar="S", help="length of a turn (default %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of the mutations (default %(default)s)")
     parser.add_argument("--work", type=Path, help="folder of corpus and findings (default: a temporary one, kept)")
-    parser.add_argument("--out", type=Path, help="result (default: benchmarks/results/fuzz.json)")
+    add_out(parser, "fuzz")
     options = parser.parse_args(argv)
     if unknown := set(options.targets) - set(TARGETS):
         near = did_you_mean(min(unknown), TARGETS)
@@ -133,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
     names = options.targets or list(TARGETS)
     work = options.work or Path(tempfile.mkdtemp(prefix="fuzz-"))
     work.mkdir(parents=True, exist_ok=True)
-    out = options.out or default_out("fuzz", quick=options.seconds < FULL_S, partial=len(names) < len(TARGETS))
+    out = result_path(options.out, "fuzz", quick=options.seconds < FULL_S, partial=len(names) < len(TARGETS))
     print(f"seed {options.seed}, corpus and findings in {work}", flush=True)
     try:
         return int(campaign(names, work, out, options.seconds, options.turn, options.seed) > 0)
