@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo
+PUBLISH := --out benchmarks/results
 
 .PHONY: help install demo test faults fuzz check bench clean
 
@@ -36,12 +37,12 @@ check: install       ## lint and type check
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: install       ## measure loader, training, scaling, flow; write the documents' tables: DATA=packed set VIDEOS=folder of clips
-	$(BIN)/python benchmarks/loader_throughput.py $(DATA:%=--data %)
-	$(BIN)/python benchmarks/footprint.py $(DATA:%=--data %)
-	$(BIN)/python benchmarks/train_step.py $(DATA:%=--data %)
-	$(BIN)/python benchmarks/scaling.py --procs 1,2 $(DATA:%=--data %)
-	$(BIN)/python benchmarks/flow_extraction.py $(VIDEOS:%=--data %)
+bench: install       ## measure loader, training, scaling, flow; overwrite the published results and tables: DATA=packed set VIDEOS=folder of clips
+	$(BIN)/python benchmarks/loader_throughput.py $(PUBLISH) $(DATA:%=--data %)
+	$(BIN)/python benchmarks/footprint.py $(PUBLISH) $(DATA:%=--data %)
+	$(BIN)/python benchmarks/train_step.py $(PUBLISH) $(DATA:%=--data %)
+	$(BIN)/python benchmarks/scaling.py --procs 1,2 $(PUBLISH) $(DATA:%=--data %)
+	$(BIN)/python benchmarks/flow_extraction.py $(PUBLISH) $(VIDEOS:%=--data %)
 	$(BIN)/python benchmarks/readme.py
 
 clean:               ## remove .venv and what demo made

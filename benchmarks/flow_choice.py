@@ -3,8 +3,9 @@
     python benchmarks/flow_choice.py prepare --videos DIR --splits DIR --out DIR [--frames 32] [NAME ...]
     python benchmarks/flow_choice.py compare --packs DIR/packs [NAME ...] [--splits 1 2 3] [--seeds 0 1 2] [--runs DIR]
 
-`prepare` packs the same clips with every method and codec below, at 128 px. TV-L1 takes seconds a pair, so the clips
-are cut to their middle frames, losslessly (FFV1, read back and compared). Stopped, it goes on with the same command.
+`prepare` packs the same clips with every method and codec below, at 128 px. TV-L1 takes nearly two seconds a pair, so the
+clips are cut to their middle frames, losslessly (FFV1, read back and compared). Stopped, it goes on with the same
+command.
 
 `compare` trains the temporal net of ucf101_mini on every packing, by a schedule so short that 81 runs fit into some
 hours of two cores. Config, seeds, draws and frames are the same for all. The test videos of the splits are pooled and

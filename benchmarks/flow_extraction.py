@@ -217,17 +217,31 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add_methods(parser)
     parser.add_argument("--device", choices=list(ROWS), default="cpu", help="that computes (default %(default)s)")
-    for option, value, metavar, text in (
-        ("--gpus", 1, "N", "with --device cuda: how many to use"),
-        ("--rounds", 3, "N", "interleaved over the rows"),
-        ("--seconds", 4.0, "S", "of a row in a round"),
-        ("--clips", 16, "N", "that are decoded and resized"),
-        ("--pack-clips", 24, "N", "whole clips that are packed"),
-        ("--pairs", 4, "N", "that every method works on, each of another clip"),
-        ("--size", 256, "PX", "smaller side of the frames in px"),
-    ):
-        text += " (default %(default)s)"
-        parser.add_argument(option, type=type(value), default=value, metavar=metavar, help=text)
+    parser.add_argument(
+        "--gpus", type=int, default=1, metavar="N", help="with --device cuda: how many to use (default %(default)s)"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=3, metavar="N", help="interleaved over the rows (default %(default)s)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=4.0, metavar="S", help="of a row in a round (default %(default)s)"
+    )
+    parser.add_argument(
+        "--clips", type=int, default=16, metavar="N", help="that are decoded and resized (default %(default)s)"
+    )
+    parser.add_argument(
+        "--pack-clips", type=int, default=24, metavar="N", help="whole clips that are packed (default %(default)s)"
+    )
+    parser.add_argument(
+        "--pairs",
+        type=int,
+        default=4,
+        metavar="N",
+        help="that every method works on, each of another clip (default %(default)s)",
+    )
+    parser.add_argument(
+        "--size", type=int, default=256, metavar="PX", help="smaller side of the frames in px (default %(default)s)"
+    )
     parser.add_argument("--quick", action="store_true", help="one short round on tiny frames: does it run?")
     add_out(parser, "flow_extraction")
     options = parser.parse_args(argv)

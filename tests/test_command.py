@@ -23,6 +23,12 @@ from train import evaluate, experiments, figures, fuse, launch
 from train.config import Config, config_names, to_flat
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import accuracy  # noqa: E402
+import flow_extraction  # noqa: E402
+import loader_throughput  # noqa: E402
+
 KEYS = sorted(to_flat(Config()))
 #: Every program that people start, and nothing that a program starts for itself.
 COMMANDS = [
@@ -33,8 +39,7 @@ COMMANDS = [
 ]
 
 
-def load(path, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))  # as they find each other when they are run
+def load(path):
     name = path.stem if path.parts[0] == "benchmarks" else ".".join(path.with_suffix("").parts)
     return importlib.import_module(name)
 
@@ -53,7 +58,7 @@ def test_help_tells_what_a_command_does_and_every_option(path, monkeypatch, caps
     printed = []
     monkeypatch.setattr(Parser, "print_help", lambda self, file=None: printed.append(self))
     with pytest.raises(SystemExit, match="0"):
-        load(path, monkeypatch).main(["--help"])
+        load(path).main(["--help"])
     assert len(printed) == 1, f"{path} does not use flow.command.Parser"
     for parser in parsers_in(printed[0]):
         assert isinstance(parser, Parser) and parser.description, parser.prog
@@ -76,7 +81,7 @@ def check_example(name, words, parser):
 
 
 def test_what_is_a_command_is_found():
-    assert {"flow/pack.py", "train/launch.py", "benchmarks/scaling.py", "tests/faults/__main__.py"} <= set(
+    assert {"flow/pack.py", "train/launch.py", "benchmarks/charts.py", "tests/faults/__main__.py"} <= set(
         map(str, COMMANDS)
     )
 
@@ -285,6 +290,9 @@ PLACES = {"RUN": "run", "PACKED": "packed", "CLIPS": "clips"}
         (figures.main, ["flow", "packd", "run/long"], "packd is no packed data set: .* Did you mean 'packed'"),
         (figures.main, ["flow", "packed", "run/lng"], "holds no video 'run/lng'. Did you mean 'run/long'"),
         (experiments.main, ["report", "--results", "reslts.json"], "reslts.json: No .* Did you mean 'results.json'"),
+        (loader_throughput.main, ["--data", "pcked"], "pcked is no packed data set: .* Did you mean 'packed'"),
+        (accuracy.main, ["--data", "pcked"], "pcked is no packed data set: .* Did you mean 'packed'"),
+        (flow_extraction.main, ["--data", "clps"], "clps is no folder. .* Did you mean 'clips'"),
     ],
 )
 def test_a_wrong_path_meets_the_right_one(packed, tmp_path, monkeypatch, capsys, main, words, message):

@@ -102,7 +102,7 @@ ADDED = {
     "flow.images": ["--size", "48"],
     "train.launch": _TINY,
     "train.experiments run": ["--results", "experiments/results_full.json", "--splits", "1", "--set", *_TINY],
-    "benchmarks/accuracy.py": ["--splits", "1", "--seeds", "0", "--out", "accuracy.json", *_TINY],
+    "benchmarks/accuracy.py": ["--splits", "1", "--seeds", "0", *_TINY],
 }
 
 
@@ -284,7 +284,7 @@ def check_options(program, arguments):
 
 
 #: Where options are that several benchmarks have.
-SHARED = [ROOT / "benchmarks" / "trainee.py"]
+SHARED = [ROOT / "benchmarks" / file for file in ("common.py", "trainee.py")]
 
 
 def options_of(paths):

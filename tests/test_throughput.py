@@ -22,10 +22,13 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import ceilings  # noqa: E402
+import decode_rates  # noqa: E402
 import loader_throughput  # noqa: E402
 import peers  # noqa: E402
 import readme  # noqa: E402
 import row as row_module  # noqa: E402
+import scaling  # noqa: E402
+import train_step  # noqa: E402
 from row import Delivered, Job, Measured, RowError, RowProcess  # noqa: E402
 
 MIB = 1 << 20
@@ -256,6 +259,19 @@ def test_the_script_writes_what_table_and_chart_are_made_from(packed_demo, tmp_p
     table = readme.throughput_table(result).split("\n\n")[1].split("\n")
     assert len(table) == 2 + len(result["rows"]) and {line.count("|") for line in table} == {10}
     assert (tmp_path / "loader_throughput.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("program", [loader_throughput, train_step, decode_rates, scaling], ids=lambda p: p.__name__)
+def test_small_frames_are_measured_at_a_crop_that_fits_and_as_a_part(program, packed_demo):
+    more = ["--procs", "1"] * (program is scaling)
+    options = program.parse(["--data", str(packed_demo), *more])
+    assert options.crop_px == 40 and options.out == Path(f"{program.__name__}_partial.json")  # of 48 px
+    assert program.parse(["--data", str(packed_demo), "--crop-px", "48", *more]).crop_px == 48
+    with pytest.raises(ValueError, match="--crop-px 49: expected 1 to 48, the smaller side"):
+        program.parse(["--data", str(packed_demo), "--crop-px", "49", *more])
+    options = program.parse(["--out", "results", *more])
+    assert options.crop_px == program.parse(["--crop-px", str(options.crop_px), *more]).crop_px >= 112
+    assert options.out == Path("results", f"{program.__name__}_generated.json")
 
 
 def test_numbers_have_sensible_digits():
