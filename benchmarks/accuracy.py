@@ -143,7 +143,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--splits", type=int, nargs="+", default=[1, 2, 3], metavar="N", help="official ones (default: 1 2 3)"
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="(default: 0 1 2)")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="of the runs (default: 0 1 2)"
+    )
     parser.add_argument("--runs", type=Path, metavar="DIR", help="folder of the runs (default: runs/CONFIG)")
     add_out(parser, "accuracy_CONFIG")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for train.launch")

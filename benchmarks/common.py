@@ -48,7 +48,7 @@ def add_crop_px(parser: argparse.ArgumentParser) -> None:
 
 def add_out(parser: argparse.ArgumentParser, name: str) -> None:
     """--out, of `result_path`."""
-    text = f"file of the results, or folder for {name}.json (default: this folder)"
+    text = f"file of the results, or folder for {name}.json (default: the current one)"
     parser.add_argument("--out", type=Path, default=Path(), metavar="FILE|DIR", help=text)
 
 

@@ -3,8 +3,8 @@
     python benchmarks/flow_choice.py prepare --videos DIR --splits DIR --out DIR [--frames 32] [NAME ...]
     python benchmarks/flow_choice.py compare --packs DIR/packs [NAME ...] [--splits 1 2 3] [--seeds 0 1 2] [--runs DIR]
 
-`prepare` packs the same clips with every method and codec below, at 128 px. TV-L1 takes nearly two seconds a pair, so the
-clips are cut to their middle frames, losslessly (FFV1, read back and compared). Stopped, it goes on with the same
+`prepare` packs the same clips with every method and codec below, at 128 px. TV-L1 takes nearly two seconds a pair, so
+the clips are cut to their middle frames, losslessly (FFV1, read back and compared). Stopped, it goes on with the same
 command.
 
 `compare` trains the temporal net of ucf101_mini on every packing, by a schedule so short that 81 runs fit into some
@@ -230,7 +230,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     second.add_argument(
         "--splits", type=int, nargs="+", default=[1, 2, 3], metavar="N", help="official ones (default: 1 2 3)"
     )
-    second.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="(default: 0 1 2)")
+    second.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="of the runs (default: 0 1 2)"
+    )
     second.add_argument(
         "--runs", type=Path, default=Path("runs/flow_choice"), metavar="DIR", help="of the runs (default %(default)s)"
     )

@@ -154,7 +154,7 @@ def make_config(options: argparse.Namespace, data: Path, **more: Any) -> Config:
 
 def add_arguments(parser: argparse.ArgumentParser, defaults: Defaults) -> None:
     """The arguments that both benchmarks share; `fill` gives those that are left out."""
-    said = {name: f"{on_gpu} on GPUs, {on_cpu} on a CPU" for name, (on_gpu, on_cpu) in defaults.items()}
+    said = {name: f"{a} on GPUs, {b} on a CPU" if a != b else f"{a}" for name, (a, b) in defaults.items()}
     add_data(parser)
     parser.add_argument("--split", default="split1", metavar="NAME", help="official split (default %(default)s)")
     parser.add_argument("--batch-size", type=int, metavar="N", help=f"global batch (default {said['batch_size']})")

@@ -67,6 +67,7 @@ def test_help_tells_what_a_command_does_and_every_option(path, monkeypatch, caps
             if action.help != argparse.SUPPRESS and not isinstance(action, argparse._SubParsersAction):
                 assert action.help, f"{parser.prog}: {action.option_strings or action.dest} has no help"
                 assert all(option in text for option in action.option_strings)
+                assert action.nargs == 0 or action.choices or action.metavar, f"{path}: {action.dest} of what?"
     for name, words in re.findall(r"^ +python -m ([\w.]+)(.*)", printed[0].epilog or "", re.M):
         check_example(name, words.split(), printed[0])
 

@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
         epilog="exit code: 0 all survived, nothing lost; 1 otherwise",
     )
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"default: all; {', '.join(CASES)}")
-    parser.add_argument("--seed", type=int, help="of all that is random (default: drawn)")
+    parser.add_argument("--seed", type=int, metavar="N", help="of all that is random (default: drawn)")
     parser.add_argument("--short", action="store_true", help="the few of each case that `make test` has time for")
     add_out(parser, "faults")
     options = parser.parse_args(argv)

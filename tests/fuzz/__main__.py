@@ -119,10 +119,14 @@ def main(argv: list[str] | None = None) -> int:
         epilog="exit code: 0 nothing was found; 1 something was, the inputs are named; 130 stopped",
     )
     parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"default: all: {' '.join(TARGETS)}")
-    parser.add_argument("--seconds", type=float, default=FULL_S, help="of the whole campaign (default %(default)s)")
+    parser.add_argument(
+        "--seconds", type=float, default=FULL_S, metavar="S", help="of the whole campaign (default %(default)s)"
+    )
     parser.add_argument("--turn", type=float, default=45, metavar="S", help="length of a turn (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=1, help="of the mutations (default %(default)s)")
-    parser.add_argument("--work", type=Path, help="folder of corpus and findings (default: a temporary one, kept)")
+    parser.add_argument("--seed", type=int, default=1, metavar="N", help="of the mutations (default %(default)s)")
+    parser.add_argument(
+        "--work", type=Path, metavar="DIR", help="folder of corpus and findings (default: a temporary one, kept)"
+    )
     add_out(parser, "fuzz")
     options = parser.parse_args(argv)
     if unknown := set(options.targets) - set(TARGETS):
