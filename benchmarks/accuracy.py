@@ -29,8 +29,9 @@ from flow.command import Parser
 from flow.fields import subtract_mean
 from flow.index import take_entries
 from loaders.index import Index, open_index
-from train.config import FuseConfig, read_config, to_flat
+from train.config import read_config, to_flat
 from train.fuse import TITLES, choose_C, fit_svm, source_group
+from train.settings import FuseConfig
 from train.statistics import bootstrap_pct
 
 NUM_BINS, GRID, STILL_PX = 8, 3, 0.15

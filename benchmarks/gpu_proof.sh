@@ -6,7 +6,7 @@
 # Needs one GPU, Python, torch, DALI (on PYTHONPATH is enough), OpenCV, scikit-learn, PyYAML, TensorBoard, tqdm, psutil,
 # matplotlib, webdataset and pytest; no network. Nine minutes at most: each step has its budget of seconds, and is ended
 # when that is spent, with status 124. A step that fails does not stop the others; the exit status is that of the worst.
-# Results are JSON in DIR (default gpu_proof in the checkout), on disk as soon as they are known: those of a step that was cut
+# Results are JSON in DIR (default benchmarks/results), on disk as soon as they are known: those of a step that was cut
 # off stay in NAME.partial.json.
 # Optical flow is measured on clips of VIDEOS, a folder of class folders, and on PAIRS, a folder of pairs with true flow
 # as Middlebury's; without them on generated ones.
@@ -16,7 +16,7 @@ cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 PYTHON=${PYTHON:-python3}
 
-device=cuda out=gpu_proof quick=() data=() videos=() pairs=()
+device=cuda out=benchmarks/results quick=() data=() videos=() pairs=()
 while [ $# -gt 0 ]; do
     case $1 in
         --device) device=$2; shift 2 ;;

@@ -53,9 +53,10 @@ from flow.command import Parser
 from loaders.batch import Batch
 from loaders.index import Index, open_index
 from nets.cnn_m import LocalResponseNorm
-from train.config import Config, to_flat
+from train.config import to_flat
 from train.dist import Machines, World, launch
 from train.model import build_net, stream_spec
+from train.settings import Config
 
 ROWS = ("resident", "loader_k1", "loader_k8", "resident_compiled")
 

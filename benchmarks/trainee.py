@@ -13,11 +13,12 @@ from common import add_data, choose_crop_px
 
 from loaders.batch import Batch
 from loaders.index import Index
-from train.config import Config, from_flat
+from train.config import from_flat
 from train.dist import World
 from train.engine import loader_module, loader_options, update
 from train.meter import GpuTimeline, Meter
 from train.model import build_net, build_optimizer, stream_spec
+from train.settings import Config
 
 #: Option -> its default on GPUs, and on a CPU.
 Defaults = dict[str, tuple[Any, Any]]

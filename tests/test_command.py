@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from flow import command, images, pack, verify
 from flow.command import Parser, describe_error, did_you_mean, nearest_path, say
 from train import evaluate, experiments, figures, fuse, launch
-from train.config import Config, config_names, to_flat
+from train.config import config_names, to_flat
+from train.settings import Config
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))

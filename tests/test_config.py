@@ -3,9 +3,7 @@
 import pytest
 
 from train.config import (
-    CHANGEABLE,
     CONFIG_FOLDER,
-    Config,
     differing_keys,
     from_flat,
     read_config,
@@ -14,6 +12,7 @@ from train.config import (
     to_flat,
     write_config,
 )
+from train.settings import CHANGEABLE, Config
 
 CONFIGS = sorted(path.stem for path in CONFIG_FOLDER.glob("*.yaml"))
 

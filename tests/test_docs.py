@@ -27,7 +27,8 @@ from flow.catalog import read_ucf101_lists, walk
 from tests.conftest import random_video
 from tests.test_flow_dirs import write_fields, write_frames
 from train import experiments, launch
-from train.config import Config, resolve_config, to_flat
+from train.config import resolve_config, to_flat
+from train.settings import Config
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))

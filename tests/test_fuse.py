@@ -9,8 +9,8 @@ import pytest
 from sklearn.metrics import top_k_accuracy_score
 
 from train import fuse, results
-from train.config import FuseConfig
 from train.scores import Scores, read_scores, score_file, write_scores
+from train.settings import FuseConfig
 
 K = 4
 

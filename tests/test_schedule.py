@@ -2,8 +2,8 @@
 
 import pytest
 
-from train.config import StreamConfig
 from train.schedule import learning_rate
+from train.settings import StreamConfig
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,8 @@ import torch
 from flow.command import nearest_path
 from flow.shard import publish
 from flow.untrusted import open_regular, printable
-from train.config import STREAMS
 from train.disk import writing
+from train.settings import STREAMS
 
 FORMAT_VERSION = 1
 MAX_STEP_BITS = 31

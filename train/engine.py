@@ -31,13 +31,14 @@ from train.checkpoint import (
     save_checkpoint,
     set_aside,
 )
-from train.config import Config, from_flat, to_flat
+from train.config import from_flat, to_flat
 from train.dist import World
 from train.guard import Ints, LossGuard
 from train.log import TrainLog
 from train.meter import GpuTimeline, Meter
 from train.model import LAST_LAYER, build_net, build_optimizer, check_init, compute_logits, start_from, stream_spec
 from train.schedule import learning_rate
+from train.settings import Config
 from train.tasks import Tasks, batch_shares, check_untouched, count_correct, open_tasks, samples_of_tasks, tasks_loss
 
 logger = logging.getLogger(__name__)

@@ -25,13 +25,14 @@ from loaders.draw import Draw
 from loaders.index import Index, open_index
 from loaders.views import VIEWS
 from train.checkpoint import load_checkpoint, load_state
-from train.config import Config, read_config
+from train.config import read_config
 from train.disk import writing
 from train.dist import Machines, ProcessFailedError, World, launch
 from train.engine import CHECKPOINT, loader_module, loader_options
 from train.model import build_net, compute_logits, stream_spec
 from train.report import leave_report
 from train.scores import Scores, read_scores, score_file, write_scores
+from train.settings import Config
 from train.tasks import open_tasks
 
 logger = logging.getLogger(__name__)

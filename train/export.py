@@ -32,12 +32,13 @@ from flow.shard import check_class_name, publish
 from flow.untrusted import open_regular, parse_json, printable
 from nets.cnn_m import CNNM
 from train.checkpoint import load_checkpoint, load_state
-from train.config import STREAMS, Config, read_config
+from train.config import read_config
 from train.disk import writing
 from train.engine import CHECKPOINT
 from train.model import MEMORY_FORMAT, build_net, num_outputs
 from train.net_card import FORMAT_VERSION, describe_net
 from train.origin import check_outputs, read_made_on, read_origin
+from train.settings import STREAMS, Config
 
 KEY = "two_stream"
 

@@ -20,9 +20,9 @@ import numpy.typing as npt
 from flow.canvas import DPI, new_figure, save_png
 from flow.command import Parser, describe_error, did_you_mean, nearest_path
 from flow.untrusted import printable, read_json
-from train.config import STREAMS
 from train.flow_figures import draw_flow, draw_stacking
 from train.results import Ints, per_class_recall
+from train.settings import STREAMS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

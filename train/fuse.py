@@ -26,9 +26,10 @@ from sklearn.svm import LinearSVC
 from tqdm import tqdm
 
 from flow.command import Parser, describe_error, nearest_path
-from train.config import STREAMS, FuseConfig, read_config
+from train.config import read_config
 from train.results import Floats, Ints, Results, Source, report, write_results
 from train.scores import Scores, check_aligned, read_scores, score_file
+from train.settings import STREAMS, FuseConfig
 
 TITLES = {
     "spatial": "Spatial ConvNet",

@@ -13,17 +13,7 @@ from pathlib import Path
 
 from flow.command import Parser, describe_error, wrap_words
 from loaders.index import open_index
-from train.config import (
-    CHANGEABLE,
-    STREAMS,
-    Config,
-    config_names,
-    differing_keys,
-    read_config,
-    resolve_config,
-    short_hash,
-    write_config,
-)
+from train.config import config_names, differing_keys, read_config, resolve_config, short_hash, write_config
 from train.disk import writing
 from train.dist import Machines, ProcessFailedError, World, launch
 from train.engine import CHECKPOINT, check_stream, train_stream
@@ -34,6 +24,7 @@ from train.origin import NAME as ORIGIN
 from train.origin import write_origin
 from train.report import NAME as REPORT
 from train.report import leave_report
+from train.settings import CHANGEABLE, STREAMS, Config
 
 
 def open_run(run: Path, config: Config, resume: str) -> None:
@@ -84,7 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
         "overrides",
         nargs="*",
         metavar="key=value",
-        help="on top of the config, such as temporal.steps=300; all keys stand in train/config.py, and in the "
+        help="on top of the config, such as temporal.steps=300; all keys stand in train/settings.py, and in the "
         "config.yaml of a run",
     )
     parser.add_argument(

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from loaders.batch import StreamSpec
 from nets.cnn_m import CNNM
 from train.checkpoint import Checkpoint, load_checkpoint
-from train.config import Config, from_flat
+from train.config import from_flat
+from train.settings import Config
 
 #: What the parameters of the classification layer begin with.
 LAST_LAYER = "scores."

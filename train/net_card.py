@@ -8,10 +8,11 @@ from loaders.batch import FLOW_SCALE, RGB_MEAN, RGB_STD, StreamSpec
 from loaders.views import VIEWS
 from nets.cnn_m import CNNM
 from train.checkpoint import Checkpoint
-from train.config import Config, to_flat
+from train.config import to_flat
 from train.model import net_arguments, stream_spec
 from train.origin import Origin
 from train.provenance import describe
+from train.settings import Config
 
 FORMAT_VERSION = 1
 

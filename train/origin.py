@@ -17,8 +17,8 @@ from flow.codec import Codec
 from flow.shard import check_class_name, write_json
 from flow.untrusted import read_json
 from loaders.index import Index, open_index
-from train.config import Config
 from train.provenance import describe
+from train.settings import Config
 
 NAME = "run.json"
 

@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flow.command import did_you_mean
-from train.config import Config, from_flat, resolve_config, short_hash, to_flat
+from train.config import from_flat, resolve_config, short_hash, to_flat
 from train.engine import CHECKPOINT
+from train.settings import Config
 from train.tables import PRETRAINING, TABLES, Fusion, configs_of, select_tables, svm_configs
 
 Scale = Literal["mini", "full"]

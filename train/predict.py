@@ -14,8 +14,8 @@ from flow.command import Parser, describe_error, nearest_path, tidy_end
 from flow.extract import FLOW_METHODS
 from flow.render import check_mp4
 from flow.untrusted import printable
-from train.config import STREAMS
 from train.predictor import EVERY_S, FAST, FUSED, Prediction, Predictor, Timeline
+from train.settings import STREAMS
 from train.timeline import check_apart, draw_timeline, render_timeline, spans
 
 __all__ = ["Predictor", "main"]

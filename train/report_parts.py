@@ -11,7 +11,7 @@ from typing import Any
 from flow.canvas import to_svg
 from flow.page import Block, Code, Columns, Details, Grid, Heading, Picture, Text, plural
 from flow.untrusted import printable, read_bounded, read_json
-from train.config import STREAMS, Config, read_config, to_flat
+from train.config import read_config, to_flat
 from train.confused import show_confused, worst_confused
 from train.curves import draw_curves
 from train.figures import MAX_RESULTS_BYTES, confusion_figure, filters_figure, recall_figure
@@ -20,6 +20,7 @@ from train.log import read_log
 from train.origin import NAME as ORIGIN
 from train.origin import read_made_on, read_origin
 from train.scores import read_scores, score_file
+from train.settings import STREAMS, Config
 
 _MAX_CONFIG_BYTES = 1 << 20
 #: Pairs of classes that are listed where the matrix has too many to be read.

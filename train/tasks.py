@@ -25,7 +25,8 @@ from loaders.batch import StreamSpec
 from loaders.draw import Population, population
 from loaders.index import Index, open_index
 from loaders.joint import share_batch
-from train.config import CONFIG_FOLDER, Config
+from train.config import CONFIG_FOLDER
+from train.settings import Config
 
 Ints = npt.NDArray[np.int64]
 
