@@ -53,8 +53,10 @@ def add_out(parser: argparse.ArgumentParser, name: str) -> None:
 
 
 def is_file(out: Path) -> bool:
-    """Whether --out names a file; else it is a folder, there or not."""
-    return out.suffix == ".json"
+    """Whether --out names a file; else it is a folder, there or not. ValueError for a file of another kind."""
+    if out.suffix.lower() != ".json" and out.suffix and not out.is_dir():
+        raise ValueError(f"--out {out}: results are JSON; give a name that ends in .json, or a folder.")
+    return out.suffix.lower() == ".json"
 
 
 def result_path(out: Path, name: str, *, quick: bool = False, generated: bool = False, partial: bool = False) -> Path:

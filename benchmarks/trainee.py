@@ -183,7 +183,8 @@ def fill(options: argparse.Namespace, defaults: Defaults, on_gpu: bool) -> bool:
     Returns whether the crop is another than the default, as it is for smaller frames.
     """
     usual = {name: values[0 if on_gpu else 1] for name, values in defaults.items()}
-    options.crop_px = choose_crop_px(options.data, options.crop_px, usual["crop_px"])
+    if not options.quick:
+        options.crop_px = choose_crop_px(options.data, options.crop_px, usual["crop_px"])
     for name, value in usual.items():
         if getattr(options, name) is None:
             setattr(options, name, value)

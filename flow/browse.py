@@ -226,7 +226,8 @@ examples:
   python -m flow.browse packed --classes Archery Surfing --per-class 5
   python -m flow.browse packed --json
 
-exit code: 0 done; 1 damage was found; 2 nothing could be done, the message says why
+exit code: 0 done; 1 damage was found; 2 nothing could be done, the message says why;
+  130, 143 stopped
 
 --json prints an object with the keys
   root, name, flow, codec, backward, size_px [smallest, largest], splits {list: videos}

@@ -4,6 +4,7 @@ import argparse
 import difflib
 import os
 import re
+import signal
 import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
@@ -84,6 +85,8 @@ def describe_error(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         path = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else str(error.filename)
         return f"{path}: {error.strerror}." + nearest_path(path) * isinstance(error, FileNotFoundError)
+    if isinstance(error, RuntimeError):  # of torch or DALI: what happened, and then where in them
+        return (str(error).strip().splitlines() or [repr(error)])[0]
     return str(error)
 
 
@@ -96,7 +99,7 @@ def tidy_end() -> Iterator[None]:
             yield
     except KeyboardInterrupt as stop:
         print("Stopped.", file=sys.stderr)
-        sys.exit(128 + stop.args[0])
+        sys.exit(128 + (stop.args[0] if stop.args else signal.SIGINT))
 
 
 def say(line: str) -> None:

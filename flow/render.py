@@ -109,7 +109,9 @@ def check_mp4(path: Path) -> None:
     """Raise VideoError unless a video could be written there."""
     if path.suffix.lower() != ".mp4":
         raise VideoError(f"{path}: the video is written as MP4; give a name that ends in .mp4.")
-    if not path.parent.is_dir():
+    if path.is_dir() or not os.access(path.parent, os.W_OK | os.F_OK):
+        if path.parent.is_dir():
+            raise VideoError(f"{path} cannot be written: it is a folder, or its folder is read-only.")
         raise VideoError(f"{path} cannot be written: its folder is not there.{nearest_path(path.parent)}")
 
 

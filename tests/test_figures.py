@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from flow.canvas import to_svg
 from flow.codec import decode_rgb
 from loaders.index import open_index
 from nets.cnn_m import CNNM
@@ -275,3 +276,16 @@ def test_without_matplotlib_the_message_says_what_to_install(results_file, tmp_p
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(SystemExit, match=r"figures need matplotlib.*pip install matplotlib"):
         figures.main(["recall", str(results_file[0]), "--out", str(tmp_path / "f.png")])
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("draw", [figures.confusion_figure, figures.recall_figure])
+def test_long_names_of_classes_leave_the_figure_its_room(draw, tmp_path):
+    classes = [f"{k} {'wide name ' * 7}" for k in range(6)]
+    found = {"confusion": np.eye(6, dtype=int).tolist(), "accuracy_pct": 100.0, "num_videos": 6}
+    content = {"classes": classes, "split_list": "split1_test", "methods": {"average": found}}
+    (tmp_path / "results.json").write_text(json.dumps(content))
+    figure = draw(tmp_path)
+    to_svg(figure)
+    labels = [tick.get_text() for axes in figure.axes for tick in axes.get_xticklabels()]
+    assert any(label.startswith("0 wide name") and label.endswith("…") for label in labels)

@@ -187,6 +187,24 @@ def test_a_signal_that_an_import_swallows_comes_again(monkeypatch):
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+def test_a_signal_that_comes_while_a_process_is_started_waits_for_it(monkeypatch):
+    """Half started, the process would end with a traceback. A mask does not help: another thread takes the signal."""
+    started = []
+
+    def submit(self, function, task):
+        interrupt = signal.getsignal(signal.SIGTERM)
+        interrupt(signal.SIGTERM, None)  # as Python calls it in the main thread, whatever thread the signal came to
+        started.append(task)
+
+    with pool._Pool(1) as workers:
+        monkeypatch.setattr(pool.ProcessPoolExecutor, "submit", submit)
+        with pytest.raises(KeyboardInterrupt, match=str(int(signal.SIGTERM))), pool.interruptible():
+            workers.start(str, "task")
+            assert started == ["task"]
+            time.sleep(30)
+        monkeypatch.undo()
+
+
 @contextlib.contextmanager
 def slow_cleanup(done):
     """Takes ten times as long as until an interrupt comes again, and handles errors of its own meanwhile."""

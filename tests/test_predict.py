@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from flow.video import VideoError, read_frames, resize, write_video
 from loaders.index import open_index
 from loaders.views import VIEWS
 from tests.conftest import random_video
+from tests.faults import processes
 from tests.test_evaluate import ALONE, save_net
 from tests.tiny import tiny_config
 from train import predict, predictor
@@ -216,6 +218,19 @@ def test_a_film_that_cannot_be_written_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_sigterm_ends_it_with_one_line_and_no_file(folder, tmp_path, monkeypatch):
+    base = np.random.default_rng(0).integers(0, 255, (60, 80, 3)).astype(np.uint8)
+    write_video(tmp_path / "long.avi", (np.roll(base, t, 0) for t in range(1000)))
+    place = tmp_path / "temporary"
+    place.mkdir()
+    monkeypatch.setenv("TMPDIR", str(place))
+    process = processes.start("train.predict", [folder / "run", tmp_path / "long.avi", "--timeline", "--every", "0.04"])
+    assert processes.wait_until(lambda: any(place.glob("two-stream-*")) or process.poll() is not None)
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=60)[0].splitlines()[-1] == "Stopped."
+    assert process.returncode == 128 + signal.SIGTERM and list(place.iterdir()) == []
+
+
 def test_a_folder_in_the_place_of_a_video_is_named(folder, capsys):
     with pytest.raises(SystemExit, match="1"):
         predict.main([str(folder / "run"), str(folder / "videos")])
@@ -255,6 +270,7 @@ def test_the_command_goes_on_after_a_bad_video(folder, tmp_path, capsys, monkeyp
         (["{run}", "x.avi", "y.avi", "--render", "o.mp4"], "with 2 videos: render one at a time"),
         (["{run}", "x.avi", "--render", "o.webm"], "give a name that ends in .mp4"),
         (["{run}", "x.avi", "--render", "none/o.mp4"], "its folder is not there"),
+        (["{run}", "x.avi", "--render", "{folder}"], "it is a folder, or its folder is read-only"),
         (["{run}", "{video}", "--render", "{link}"], "would be written over the video"),
         (["{run}", "x.avi", "--timeline", "--every", "inf"], "seconds from window to window are positive"),
         (["{run}", "x.avi", "--every", "2"], "is of --timeline and --render"),
@@ -268,7 +284,13 @@ def test_a_wrong_request_is_told_at_once(folder, tmp_path, arguments, message):
     video = tmp_path / "v.avi"
     shutil.copy(next((folder / "videos").rglob("*.avi")), video)
     (tmp_path / "link.mp4").symlink_to(video)
-    places = {"{run}": folder / "run", "{video}": video, "{link}": tmp_path / "link.mp4"}
+    (tmp_path / "folder.mp4").mkdir()
+    places = {
+        "{folder}": tmp_path / "folder.mp4",
+        "{run}": folder / "run",
+        "{video}": video,
+        "{link}": tmp_path / "link.mp4",
+    }
     for place, path in places.items():
         arguments = [argument.replace(place, str(path)) for argument in arguments]
     before = video.read_bytes()

@@ -259,7 +259,7 @@ def main(arguments: list[str] | None = None) -> None:
         "to know of them, and STREAM.pt2, a graph of torch from inputs to scores. Each is read back, and\n"
         "its scores held against the net's, before it gets its name.",
         epilog="example:\n  python -m train.export runs/ucf101\n\n"
-        "exit code: 0 exported; 1 failed, the last line says why\n\n"
+        "exit code: 0 exported; 1 failed, the last line says why; 130, 143 stopped\n\n"
         f"use of the files, STREAM being spatial or temporal:\n\n{USE}",
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder of train.launch")

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAX_RESULTS_BYTES = 1 << 29
-_MAX_LABEL_CHARS = 30
-_MAX_LABEL_CHARS = 80
+#: Of a class's name anywhere, and as a tick's label, which would leave the figure no room.
+_MAX_NAME_CHARS, _MAX_LABEL_CHARS = 80, 30
 
 # --- what is drawn -----------------------------------------------------------------------------------------------
 
@@ -82,7 +82,7 @@ def read_confusion(results: Path, method: str) -> tuple[Ints, list[str], str]:
         if found is not None:
             share = f"{found['accuracy_pct']:.1f} % of {found['num_videos']} videos"
             caption = printable(f"{found.get('title', name)}, {content['split_list']}: {share}")
-            classes = [printable(name, _MAX_LABEL_CHARS) for name in content["classes"]]
+            classes = [printable(name, _MAX_NAME_CHARS) for name in content["classes"]]
             confusion = np.array(found["confusion"], np.int64).reshape(len(classes), len(classes))
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path} is no results.json ({error!r:.200}); write it with `python -m train.fuse`.") from None
@@ -180,7 +180,7 @@ def confusion_figure(results: Path, method: str = "average") -> Figure:
 
 
 def _labels(names: Sequence[str]) -> list[str]:
-    """Names as tick labels: longer ones would leave the figure no room."""
+    """Names as tick labels."""
     return [name if len(name) <= _MAX_LABEL_CHARS else f"{name[:_MAX_LABEL_CHARS]}…" for name in names]
 
 

@@ -27,8 +27,8 @@ examples:
   python -m train.predict runs/ucf101 long.mp4 --timeline --every 2
   python -m train.predict runs/ucf101 video.mp4 --render out.mp4
 
-exit code: 0 scored; 1 a video could not be used, though the others were scored,
-  or nothing could be: the last line says why"""
+exit code: 0 done; 1 a video could not be used or a file not written, though the
+  others were, or nothing could be: the last line says why; 130, 143 stopped"""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -49,7 +49,7 @@ def _run(options: argparse.Namespace) -> None:
             protocol=FAST if options.fast else None,
             method=options.method,
         )
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
         sys.exit(f"error: {describe_error(error)}")
     found = [_predict(predictor, video, options) for video in options.videos]
     if options.json:
