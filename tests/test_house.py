@@ -16,6 +16,9 @@ DOORS = {
     "nvidia": {"loaders/pipeline.py", "flow/nvof.py"},
     "yaml": {"train/config.py"},
     "torch.distributed": {"train/dist.py"},
+    "av": {"flow/render.py"},
+    "PIL": {"flow/render.py"},
+    "safetensors": {"train/export.py"},
 }
 
 
