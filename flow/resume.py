@@ -114,6 +114,10 @@ def sweep(work: Path) -> None:
     with suppress(OSError):  # a disk that refuses this says so at the next write
         for stray in [*work.glob("*.tmp"), *work.parent.glob("shard-*.tar.tmp")]:
             stray.unlink()
+        token = "[0-9a-f]" * 8  # as `flow.shard.write_bytes` names what it has not finished
+        for pattern in (f"dataset.json.{token}.tmp", f"*_videos.txt.{token}.tmp", f"splits/*.txt.{token}.tmp"):
+            for stray in work.parent.glob(pattern):
+                stray.unlink()
 
 
 def clear(work: Path) -> None:

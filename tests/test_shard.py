@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import webdataset
 
+from flow import shard
 from flow.clips import read_clips, read_member
 from flow.codec import decode_component, decode_rgb
 from flow.index import build_index, load_index, take_entries
@@ -186,3 +187,28 @@ def test_a_video_that_stands_twice_or_breaks_off_is_refused(strange, tmp_path):
     (tmp_path / "shard-000000.tar").write_bytes(first[: second_clip.offset] + bytes(1024))
     with pytest.raises(ShardError, match="breaks off after frame 0"):
         build_index(tmp_path)
+
+
+def test_processes_that_write_a_small_file_at_once_do_not_meet(tmp_path, monkeypatch):
+    """One publishes while the other is about to: both succeed, and nothing is left."""
+    publish = shard.publish
+
+    def publish_after_another(temporary, path):
+        monkeypatch.setattr(shard, "publish", publish)
+        shard.write_bytes(path, b"another's")
+        publish(temporary, path)
+
+    monkeypatch.setattr(shard, "publish", publish_after_another)
+    shard.write_bytes(tmp_path / "run.json", b"mine")
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+    assert (tmp_path / "run.json").read_bytes() == b"mine"
+
+
+def test_a_small_file_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shard.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        shard.write_bytes(tmp_path / "run.json", b"mine")
+    assert list(tmp_path.iterdir()) == []
