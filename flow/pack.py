@@ -190,6 +190,30 @@ def _parser() -> argparse.ArgumentParser:
         choices=[*LIST_READERS, "folder"],
         help="whose list files they are; folder makes a seeded 70/30 split (default: by the names of the lists)",
     )
+    _add_options_of_videos(parser)
+    _add_options_of_flow_dirs(parser)
+    both = parser.add_argument_group("shards, and how they are made")
+    both.add_argument(
+        "--range",
+        default="per-field",
+        metavar="per-field|PX",
+        help="values that a component's 8 bits span: its own range (default), or a fixed +-PX such as 20",
+    )
+    both.add_argument("--videos-per-shard", type=int, default=VIDEOS_PER_SHARD, metavar="N", help="default %(default)s")
+    both.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of the order in the shards, and of the split by folders (default %(default)s)",
+    )
+    both.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core, at most 8 a GPU)")
+    both.add_argument("--skip-bad", action="store_true", help="exit 0 although some videos are bad")
+    both.add_argument("--strict", action="store_true", help="exit 1 if listed videos are absent")
+    return parser
+
+
+def _add_options_of_videos(parser: argparse.ArgumentParser) -> None:
     frames = parser.add_argument_group("frames and flow of --videos")
     frames.add_argument(
         "--method",
@@ -215,6 +239,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="GPUs to compute flow on; 0: the CPU (default: all, if the method can use one)",
     )
+
+
+def _add_options_of_flow_dirs(parser: argparse.ArgumentParser) -> None:
     others = parser.add_argument_group("files of --flow-dir")
     others.add_argument("--frames-dir", type=Path, metavar="DIR", help="where the frames are, if not with the fields")
     others.add_argument(
@@ -223,25 +250,6 @@ def _parser() -> argparse.ArgumentParser:
         help="which field to leave out where there are as many as frames; first for TSN's dense_flow",
     )
     others.add_argument("--method-name", metavar="NAME", help=f"how the fields were computed (default {EXTERNAL})")
-    both = parser.add_argument_group("shards, and how they are made")
-    both.add_argument(
-        "--range",
-        default="per-field",
-        metavar="per-field|PX",
-        help="values that a component's 8 bits span: its own range (default), or a fixed +-PX such as 20",
-    )
-    both.add_argument("--videos-per-shard", type=int, default=VIDEOS_PER_SHARD, metavar="N", help="default %(default)s")
-    both.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        metavar="N",
-        help="of the order in the shards, and of the split by folders (default %(default)s)",
-    )
-    both.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core, at most 8 a GPU)")
-    both.add_argument("--skip-bad", action="store_true", help="exit 0 although some videos are bad")
-    both.add_argument("--strict", action="store_true", help="exit 1 if listed videos are absent")
-    return parser
 
 
 #: Options without a meaning for folders of fields, and without one for videos.
