@@ -4,10 +4,10 @@ BIN := .venv/bin
 DEMO := demo
 PUBLISH := --out benchmarks/results
 
-.PHONY: help install demo test faults fuzz check bench clean
+.PHONY: help install demo test test-scale faults fuzz check bench clean
 
 help:                ## show this list
-	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/'
+	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/'
 
 install: .venv/installed ## create .venv and install the package with pinned versions
 
@@ -24,6 +24,14 @@ demo: install        ## generate videos, pack them, train both streams, test, fu
 
 test: install        ## run the test suite (TWOSTREAM_DATA=folder adds the tests on real clips)
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+test-scale: .venv-scale/installed ## run the tests on Ray, S3, nginx and network namespaces (minutes; what is not there is skipped)
+	.venv-scale/bin/python -m pytest -q tests/scale
+
+.venv-scale/installed: setup.py constraints.txt
+	$(PYTHON) -m venv .venv-scale
+	.venv-scale/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[scale]'
+	@touch $@
 
 faults: install      ## inject every fault for real, count what survives (minutes; make test has the short form)
 	$(BIN)/python -m tests.faults
@@ -46,4 +54,4 @@ bench: install       ## measure loader, training, scaling, flow; overwrite the p
 	$(BIN)/python benchmarks/readme.py
 
 clean:               ## remove .venv and what demo made
-	rm -rf .venv $(DEMO)
+	rm -rf .venv .venv-scale $(DEMO)

@@ -19,6 +19,8 @@ DOORS = {
     "av": {"flow/render.py"},
     "PIL": {"flow/render.py"},
     "safetensors": {"train/export.py"},
+    "fsspec": {"flow/store.py"},
+    "aiohttp": {"flow/store.py"},
 }
 
 
