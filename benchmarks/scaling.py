@@ -60,7 +60,8 @@ from flow.command import Parser
 from loaders.batch import Batch
 from loaders.index import open_index
 from train.config import to_flat
-from train.dist import Machines, World, launch
+from train.dist import World, launch
+from train.machines import Machines
 
 #: Option -> its default on GPUs, and on a CPU.
 DEFAULTS = {

@@ -54,7 +54,8 @@ from loaders.batch import Batch
 from loaders.index import Index, open_index
 from nets.cnn_m import LocalResponseNorm
 from train.config import to_flat
-from train.dist import Machines, World, launch
+from train.dist import World, launch
+from train.machines import Machines
 from train.model import build_net, stream_spec
 from train.settings import Config
 

@@ -1,5 +1,6 @@
 """One process and two gloo processes: the same batches, masks, losses and scores."""
 
+import argparse
 import ctypes
 import logging
 import multiprocessing
@@ -17,11 +18,12 @@ from loaders.index import open_index
 from tests.tiny import tiny_config, tiny_overrides
 from train import dist, watchdog
 from train import launch as train_launch
-from train.dist import Machines, ProcessFailedError, World, launch
+from train.dist import ProcessFailedError, World, launch
 from train.engine import loader_module, loader_options
 from train.evaluate import scores_path
 from train.interrupt import ending_at_once
 from train.log import read_log
+from train.machines import Machines, own_address, split_address
 from train.model import build_net, compute_logits, stream_spec
 from train.scores import read_scores
 from train.watchdog import Watchdog
@@ -244,9 +246,9 @@ def test_a_late_failure_to_meet_is_named(monkeypatch):
 
     monkeypatch.setattr(dist, "elastic_launch", lost)
     with pytest.raises(
-        ProcessFailedError, match=r"no longer, at host:1 \(RendezvousConnectionError\).*on each goes on"
+        ProcessFailedError, match=r"no longer, at 127.0.0.2:1 \(RendezvousConnectionError\).*on each goes on"
     ):
-        launch(Machines(num_procs=1, num_nodes=2, rdzv_endpoint="host:1"), hang)
+        launch(Machines(num_procs=1, min_nodes=2, max_nodes=2, rdzv="127.0.0.2:1"), hang)
 
 
 def test_progress_and_rest_keep_a_watchdog_quiet(monkeypatch):
@@ -267,19 +269,68 @@ def test_progress_and_rest_keep_a_watchdog_quiet(monkeypatch):
     assert ended[0][0] == "the end"
 
 
+THREE = {"min_nodes": 3, "max_nodes": 3, "rdzv": "localhost:29500"}
+
+
 @pytest.mark.parametrize(
     ("machines", "batch_size", "message"),
     [
         (Machines(num_gpus=99, num_procs=99), 256, r"--gpus 99: this machine has \d+ usable GPUs"),
         (Machines(num_procs=3), 256, "train.batch_size=256 cannot be split evenly over 3 processes"),
-        (Machines(num_procs=2, num_nodes=3, rdzv_endpoint="a:1"), 256, "over 6 processes"),
-        (Machines(num_procs=0), 256, "--procs 0 .* must be at least 1"),
-        (Machines(num_nodes=2), 256, "--nodes 2 needs --rdzv-endpoint HOST:PORT"),
+        (Machines(num_procs=2, **THREE), 256, "over 6 processes; choose a multiple of 6"),
+        (Machines(min_nodes=2, max_nodes=4, rdzv="localhost:1"), 256, "over 3 .* multiple of 2 and of 3 and of 4"),
+        (Machines(num_procs=0), 256, "--procs 0 must be at least 1"),
+        (Machines(min_nodes=2, max_nodes=2), 256, "--nodes 2 needs --rdzv HOST:PORT"),
+        (Machines(min_nodes=3, max_nodes=2), 256, "--nodes 3:2: the least must be at least 1, the most no less"),
+        (Machines(min_nodes=0, max_nodes=2), 256, "--nodes 0:2: the least must be at least 1"),
+        (Machines(rdzv="node0"), 256, "--rdzv node0 must be HOST:PORT, such as node0:29500"),
+        (Machines(rdzv="node0:65536"), 256, "--rdzv node0:65536 must be .* a port from 1 to 65535"),
+        (Machines(**{**THREE, "rdzv": "no.such.invalid:1"}), 256, "no.such.invalid cannot be reached from here"),
+        (Machines(node_rank=3, **THREE), 256, "--node-rank 3 with --nodes 3: ranks go from 0, .* to 2"),
+        (Machines(node_rank=-1, **THREE), 256, "--node-rank -1 with --nodes 3"),
+        (Machines(node_rank=1, max_restarts=1, **THREE), 256, "neither --nodes MIN:MAX nor --max-restarts"),
+        (Machines(node_rank=0, min_nodes=1, max_nodes=2, rdzv="localhost:1"), 256, "--node-rank is for a run"),
     ],
 )
 def test_impossible_requests_are_refused_before_anything_starts(machines, batch_size, message):
     with pytest.raises(ValueError, match=message):
         machines.check(batch_size)
+
+
+def test_machines_are_as_asked():
+    parser = argparse.ArgumentParser()
+    Machines.add_arguments(parser)
+
+    def asked(*words):
+        return Machines.from_arguments(parser.parse_args(words))
+
+    assert asked() == Machines() and asked("--procs", "2").world_sizes == [2]
+    several = asked("--nodes", "2:4", "--procs", "2", "--rdzv", "h:1", "--rdzv-id", "x", "--max-restarts", "3")
+    assert several.world_sizes == [4, 6, 8]
+    assert (several.rdzv, several.rdzv_id, several.max_restarts, several.node_rank) == ("h:1", "x", 3, None)
+    assert asked("--nodes=3", "--node-rank=0").node_rank == 0
+    for words in ("two", "2:", ":2", "-1", "1:2:3", "²"):
+        with pytest.raises(ValueError, match=f"--nodes {words}: a number of machines, such as 4, or MIN:MAX"):
+            asked(f"--nodes={words}")
+
+
+@pytest.mark.parametrize(
+    ("rdzv", "expected"),
+    [("node0:29500", ("node0", 29500)), ("10.0.0.1:1", ("10.0.0.1", 1)), ("[fd00::1]:65535", ("fd00::1", 65535))],
+)
+def test_addresses_are_divided(rdzv, expected):
+    assert split_address(rdzv) == expected
+
+
+@pytest.mark.parametrize("rdzv", ["node0:", ":1", "fd00::1", "a b:1", "node0:0", "node0:x", "[]:1"])
+def test_what_is_no_address_is_refused(rdzv):
+    with pytest.raises(ValueError, match="must be HOST:PORT"):
+        split_address(rdzv)
+
+
+def test_a_machine_meets_itself_by_its_name():
+    """A loopback address would stand for another machine elsewhere."""
+    assert own_address("localhost:1") == own_address("127.0.0.2:1") == (None, True)
 
 
 def test_alone_nothing_is_wrapped_or_waited_for():

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import multiprocessing
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
@@ -26,6 +26,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.nn.parallel import DistributedDataParallel
 
 from train.interrupt import children_unaware, ending_at_once, obey, say_stopped
+from train.machines import Machines, own_address, split_address
 from train.watchdog import Watchdog, margin_s
 
 logger = logging.getLogger(__name__)
@@ -99,93 +100,6 @@ class World:
             dist.barrier()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Machines:
-    """Where a run computes. num_gpus, num_procs: per machine; num_gpus = 0 is the CPU, else a process has one GPU.
-
-    num_nodes machines find each other at `rdzv_endpoint` (host:port of one of them) under the name `rdzv_id`; these are
-    the options of torch's elastic launcher. max_restarts: how often it starts all processes anew when one has failed.
-    """
-
-    num_gpus: int = 0
-    num_procs: int = 1
-    num_nodes: int = 1
-    rdzv_backend: str = "c10d"
-    rdzv_endpoint: str = ""
-    rdzv_id: str = "twostream"
-    max_restarts: int = 0
-
-    @property
-    def world_size(self) -> int:
-        return self.num_nodes * self.num_procs
-
-    @staticmethod
-    def add_arguments(parser: argparse.ArgumentParser) -> None:
-        """Add --gpus, --procs, --nodes, --max-restarts and the rendezvous options."""
-        parser.add_argument(
-            "--gpus", type=int, default=0, metavar="N", help="GPUs of this machine to use; 0 (default): the CPU"
-        )
-        parser.add_argument(
-            "--procs", type=int, metavar="N", help="processes on this machine (default: 1 per GPU, 1 on the CPU)"
-        )
-        parser.add_argument(
-            "--max-restarts",
-            type=int,
-            default=0,
-            metavar="N",
-            help="times to go on from the last checkpoint when a process fails or is killed (default %(default)s)",
-        )
-        several = parser.add_argument_group("several machines")
-        several.add_argument(
-            "--nodes",
-            type=int,
-            default=1,
-            metavar="N",
-            help="machines; run the same command on each, with one run folder that all see (default %(default)s)",
-        )
-        several.add_argument("--rdzv-endpoint", default="", metavar="HOST:PORT", help="of one of the machines")
-        several.add_argument(
-            "--rdzv-id", default="twostream", metavar="NAME", help="of the job, the same on every machine"
-        )
-        several.add_argument(
-            "--rdzv-backend", default="c10d", metavar="NAME", help="rendezvous of torch's elastic launcher"
-        )
-
-    @staticmethod
-    def from_arguments(options: argparse.Namespace) -> Machines:
-        return Machines(
-            num_gpus=options.gpus,
-            num_procs=options.procs if options.procs is not None else max(1, options.gpus),
-            num_nodes=options.nodes,
-            rdzv_backend=options.rdzv_backend,
-            rdzv_endpoint=options.rdzv_endpoint,
-            rdzv_id=options.rdzv_id,
-            max_restarts=options.max_restarts,
-        )
-
-    def check(self, batch_size: int | None = None) -> None:
-        """Raise ValueError if this machine lacks the GPUs or the global batch does not divide among the processes."""
-        available = torch.cuda.device_count()
-        if self.num_gpus > available:
-            raise ValueError(
-                f"--gpus {self.num_gpus}: this machine has {available} usable GPUs. Ask for at most {available}; "
-                "0 trains on the CPU."
-            )
-        if self.num_gpus and self.num_procs != self.num_gpus:
-            raise ValueError(f"--procs {self.num_procs} with --gpus {self.num_gpus}: a GPU has exactly one process.")
-        if self.num_procs < 1 or self.num_nodes < 1:
-            raise ValueError(f"--procs {self.num_procs} --nodes {self.num_nodes}: both must be at least 1.")
-        if self.max_restarts < 0:
-            raise ValueError(f"--max-restarts {self.max_restarts} must be at least 0.")
-        if self.num_nodes > 1 and not self.rdzv_endpoint:
-            raise ValueError(f"--nodes {self.num_nodes} needs --rdzv-endpoint HOST:PORT, the same on every machine.")
-        if batch_size is not None and batch_size % self.world_size:
-            raise ValueError(
-                f"train.batch_size={batch_size} cannot be split evenly over {self.world_size} processes; "
-                "choose a multiple."
-            )
-
-
 def launch(machines: Machines, work: Callable[..., None], *args: Any, timeout_s: float | None = None) -> None:
     """Run `work(world, *args)` in every process: here if there is only one, else in children of the elastic launcher.
 
@@ -197,7 +111,7 @@ def launch(machines: Machines, work: Callable[..., None], *args: Any, timeout_s:
     """
     num_threads = max(1, len(os.sched_getaffinity(0)) // machines.num_procs)
     fixed = ("cuda" if machines.num_gpus else "cpu", num_threads, timeout_s, work, args)
-    if machines.world_size == 1 and not machines.max_restarts:
+    if machines.world_sizes == [1] and not machines.max_restarts:
         with ending_at_once():
             _in_this_process(*fixed)
         return
@@ -212,18 +126,9 @@ def launch(machines: Machines, work: Callable[..., None], *args: Any, timeout_s:
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "1")
     # Processes that were ended leave semaphores; what frees them would say so behind our last line.
     os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
-    options = LaunchConfig(
-        min_nodes=machines.num_nodes,
-        max_nodes=machines.num_nodes,
-        nproc_per_node=machines.num_procs,
-        run_id=machines.rdzv_id,
-        rdzv_backend=machines.rdzv_backend,
-        rdzv_endpoint=machines.rdzv_endpoint or "localhost:0",  # port 0: any free one
-        local_addr="localhost" if machines.num_nodes == 1 else None,
-        max_restarts=machines.max_restarts,
-    )
+    options = _options(machines)
     try:
-        with children_unaware(_stop):
+        with children_unaware(_stop), _meeting_point(machines):
             elastic_launch(options, _in_child)(*fixed)
     except SignalException as error:
         say_stopped(error.sigval)
@@ -231,15 +136,62 @@ def launch(machines: Machines, work: Callable[..., None], *args: Any, timeout_s:
     except ChildFailedError as error:
         number, failure = error.get_first_failure()
         raise ProcessFailedError(
-            f"process {number} of {machines.world_size} FAILED with exit code {failure.exitcode}; what it logged above "
-            "says why. The same command goes on from the last checkpoint."
+            f"process {number} of {' or '.join(map(str, machines.world_sizes))} FAILED with exit code "
+            f"{failure.exitcode}; what it logged above says why. The same command goes on from the last checkpoint."
         ) from error
-    except RendezvousError as error:
+    except (RendezvousError, dist.DistError) as error:
         raise ProcessFailedError(
             f"the machines do not find each other, or no longer, at {options.rdzv_endpoint} ({type(error).__name__}). "
             "Is that machine up, and does each run the command? When all are up again, the same command on each goes "
             "on from the last checkpoint."
         ) from error
+
+
+def _options(machines: Machines) -> LaunchConfig:
+    """What the elastic launcher is told."""
+    common: dict[str, Any] = {
+        "min_nodes": machines.min_nodes,
+        "max_nodes": machines.max_nodes,
+        "nproc_per_node": machines.num_procs,
+        "run_id": machines.rdzv_id,
+        "max_restarts": machines.max_restarts,
+    }
+    if machines.max_nodes == 1:
+        return LaunchConfig(rdzv_backend="c10d", rdzv_endpoint="localhost:0", local_addr="localhost", **common)
+    own, _ = own_address(machines.rdzv)
+    # Who hosts the meeting: see _meeting_point; of fixed ranks it is rank 0.
+    static = machines.node_rank is not None
+    return LaunchConfig(
+        rdzv_backend="static" if static else "c10d",
+        rdzv_endpoint=machines.rdzv,
+        rdzv_configs={"rank": machines.node_rank} if static else {"is_host": False},
+        local_addr=own,
+        **common,
+    )
+
+
+@contextmanager
+def _meeting_point(machines: Machines) -> Iterator[None]:
+    """The store in which the machines find each other, if it is this machine's and no other process of it has it.
+
+    The launcher would guess by the machine's name whether it is its own, and be wrong about a second interface.
+    """
+    store = None
+    if machines.max_nodes > 1 and machines.node_rank is None and own_address(machines.rdzv)[1]:
+        host, port = split_address(machines.rdzv)
+        with suppress(OSError), _listening(port) as listener:
+            store = dist.TCPStore(
+                host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+            )
+    yield
+    del store  # it ends with its last reference
+
+
+def _listening(port: int) -> socket.socket:
+    """A socket for every interface. Raises OSError if the port is taken."""
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", port))
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
@@ -253,6 +205,9 @@ def _in_child(*fixed: Any) -> None:
     parent = multiprocessing.parent_process()
     if parent is None or not parent.is_alive():  # from now on its death would end us
         os._exit(1)
+    num_nodes = os.environ.get("GROUP_WORLD_SIZE", "1")
+    if os.environ["RANK"] == "0" and num_nodes != "1":
+        logger.warning("%s processes on %s machines", os.environ["WORLD_SIZE"], num_nodes)
     restart = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     if restart and os.environ["RANK"] == "0":
         logger.warning("restart %d: going on from the last checkpoint", restart)
@@ -299,9 +254,17 @@ def _joined(world: World, timeout_s: float | None) -> Iterator[None]:
         yield
         return
     world.at("the other processes to start")
-    dist.init_process_group(
-        "nccl" if world.device.type == "cuda" else "gloo",
-        timeout=timedelta(seconds=2 * timeout_s + 60) if timeout_s else None,
-    )
+    try:
+        dist.init_process_group(
+            "nccl" if world.device.type == "cuda" else "gloo",
+            timeout=timedelta(seconds=2 * timeout_s + 60) if timeout_s else None,
+        )
+    except RuntimeError as error:
+        if int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
+            error.add_note(
+                "If the machines cannot reach each other at the address above: GLOO_SOCKET_IFNAME (NCCL_SOCKET_IFNAME "
+                "on GPUs) names the interface to use, such as eth0."
+            )
+        raise
     yield
     dist.destroy_process_group()

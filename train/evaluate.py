@@ -27,8 +27,9 @@ from loaders.views import VIEWS
 from train.checkpoint import load_checkpoint, load_state
 from train.config import read_config
 from train.disk import writing
-from train.dist import Machines, ProcessFailedError, World, launch
+from train.dist import ProcessFailedError, World, launch
 from train.engine import CHECKPOINT, loader_module, loader_options
+from train.machines import Machines
 from train.model import build_net, compute_logits, stream_spec
 from train.report import leave_report
 from train.scores import Scores, read_scores, score_file, write_scores

@@ -15,11 +15,12 @@ from flow.command import Parser, describe_error, wrap_words
 from loaders.index import open_index
 from train.config import config_names, differing_keys, read_config, resolve_config, short_hash, write_config
 from train.disk import writing
-from train.dist import Machines, ProcessFailedError, World, launch
+from train.dist import ProcessFailedError, World, launch
 from train.engine import CHECKPOINT, check_stream, train_stream
 from train.evaluate import evaluate_stream, scored
 from train.fuse import fuse_runs, report, write_results
 from train.interrupt import ending_at_once
+from train.machines import Machines
 from train.origin import NAME as ORIGIN
 from train.origin import write_origin
 from train.report import NAME as REPORT
@@ -113,10 +114,16 @@ def _prepare(options: argparse.Namespace) -> tuple[Config, Machines, Path]:
     config = resolve_config(options.config, options.overrides)
     machines = Machines.from_arguments(options)
     machines.check(config.train.batch_size)
+    if machines.max_nodes > 1 and options.resume == "never":
+        raise ValueError(
+            f"--resume never with --nodes {options.nodes}: a machine that comes again would delete what the others "
+            "work on. Give another --run, or delete the folder first."
+        )
     index = open_index(config.data.root)
     run = options.run or Path("runs") / f"{Path(options.config).stem}-{short_hash(config, CHANGEABLE)}"
     for stream in config.train.streams:
-        check_stream(config, stream, index, machines.world_size, run / stream)
+        for world_size in machines.world_sizes:
+            check_stream(config, stream, index, world_size, run / stream)
     open_run(run, config, options.resume)
     with writing(run / ORIGIN):
         write_origin(run, index)
