@@ -1,5 +1,11 @@
-"""`dataset.json`, which describes a packed set: read, and held against what packers write."""
+"""`dataset.json`, which describes a packed set: read, and held against what packers write.
 
+Its "files" are name, bytes and SHA-256 of the index and of every list of videos: all that is read besides the shards,
+where nobody can list a folder. Of a folder it is what was there when it was packed: lists may be added later, and
+`python -m flow.verify DIR --rebuild-index` describes them too. Sets packed before it was there lack it.
+"""
+
+import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +14,10 @@ from typing import Any
 from flow.codec import Codec
 from flow.command import folders_with, nearest_path
 from flow.shard import FORMAT_VERSION, MAX_CLASS_ID, ShardError, check_class_name
-from flow.untrusted import read_json
+from flow.untrusted import open_regular, read_json
+
+_SHA256 = re.compile("[0-9a-f]{64}")
+_FILE = re.compile(r"index\.bin|splits/[^./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]*\.txt")
 
 
 def read_dataset(root: Path) -> dict[str, Any]:
@@ -23,12 +32,13 @@ def read_dataset(root: Path) -> dict[str, Any]:
         version = dataset["format_version"]
         check_classes(dataset["classes"])
         check_shards(dataset["shards"])
+        check_files(dataset.get("files", []))
         whole = (
             type(dataset["num_videos"]) is int
             and isinstance(dataset.get("name"), str | None)
             and isinstance(dataset.get("flow"), dict | None)
             and isinstance(dataset["codec"], dict)
-            and all(re.fullmatch("[0-9a-f]{64}", shard["sha256"]) for shard in dataset["shards"])
+            and all(_SHA256.fullmatch(shard["sha256"]) for shard in dataset["shards"])
         )
         if not whole:
             raise ValueError("a value is of another type than packers write")
@@ -75,6 +85,28 @@ def check_shards(shards: Sequence[dict[str, Any]]) -> None:
     _check_sorted([entry["name"] for entry in shards])
 
 
+def check_files(files: Sequence[dict[str, Any]]) -> None:
+    """Raise ValueError, TypeError or KeyError unless files are as `describe_files` makes them: none lies elsewhere."""
+    for entry in files:
+        sound = _FILE.fullmatch(entry["name"]) and type(entry["bytes"]) is int and _SHA256.fullmatch(entry["sha256"])
+        if not sound:
+            raise ValueError(f"{entry!r:.200} describes no index.bin and no splits/NAME.txt")
+    _check_sorted([entry["name"] for entry in files])
+
+
+def describe_files(root: Path) -> list[dict[str, Any]]:
+    """Name, bytes and SHA-256 of a folder's index and lists. Raises ValueError for what is no file, OSError."""
+    lists = [f"splits/{path.name}" for path in sorted((root / "splits").glob("*.txt"))]
+    described = []
+    for name in ["index.bin", *filter(_FILE.fullmatch, lists)]:
+        with open_regular(root / name) as file:
+            digest = hashlib.sha256()
+            while block := file.read(1 << 20):
+                digest.update(block)
+            described.append({"name": name, "bytes": file.tell(), "sha256": digest.hexdigest()})
+    return described
+
+
 def _check_sorted(names: list[str]) -> None:
     if names != sorted(set(names)):
-        raise ValueError(f"its {len(names)} classes, or shards, are not in order, or one stands there twice")
+        raise ValueError(f"its {len(names)} classes, shards or files are not in order, or one stands there twice")

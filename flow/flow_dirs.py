@@ -28,14 +28,12 @@ from flow.flow_files import FlowDir, find_files, list_flow_dirs
 from flow.fragment import FragmentReport, Totals, fragment_file, reason
 from flow.index import load_index
 from flow.pool import default_num_workers
+from flow.publish import open_target
 from flow.resume import (
-    WORK_FOLDER,
+    MISSING_NAME,
     PackReport,
-    begin,
-    clear,
     finish,
     input_digest,
-    locked,
     read_report,
     write_lines,
     write_shards,
@@ -61,7 +59,7 @@ class FlowDirTask:
 
 def pack_flow_dirs(
     flow_dir: Path,
-    out: Path,
+    out: Path | str,
     codec: Codec,
     *,
     frames_dir: Path | None = None,
@@ -72,11 +70,12 @@ def pack_flow_dirs(
     seed: int = 0,
     videos_per_shard: int = 32,
     num_workers: int | None = None,
+    work: Path | None = None,
 ) -> PackReport:
     """Pack folders of JPEGs, or go on with a pack that was stopped.
 
     codec: of a fixed range, and no quality. frames_dir: the frames' folder, if they do not lie with the fields.
-    splits, dataset: as of `flow.pack.pack`. method: what the metadata call the method. extra_field: see
+    out, work, splits, dataset: as of `flow.pack.pack`. method: what the metadata call the method. extra_field: see
     `flow.flow_files.find_files`.
 
     Raises ValueError if the folders or the lists are unusable, no video could be packed, or `out` holds a pack with
@@ -104,19 +103,19 @@ def pack_flow_dirs(
         "videos_per_shard": videos_per_shard,
         "input_sha256": input_digest([[v.video_id, v.listing] for v in videos], catalog.splits),
     }
-    out.mkdir(parents=True, exist_ok=True)
-    with locked(out / WORK_FOLDER):
-        was_complete = begin(out, settings)
+    with open_target(out, work) as target:
+        was_complete = target.begin(settings)
         if not was_complete:
             shards = seeded_shards(videos, videos_per_shard, seed)
             make_task = partial(_task, catalog.official_ids, codec.bound_px, extra_field)
             workers = num_workers or default_num_workers()
-            write_shards(shards, out, make_task, write_flow_dir, items_per_task=1, num_workers=workers, unit="video")
-            write_lines(out / "missing_videos.txt", catalog.missing)
-            finish(out, len(shards), settings, catalog.splits, partial(_summary, out, catalog), unit="video")
-        clear(out / WORK_FOLDER)
+            write_shards(shards, target, make_task, write_flow_dir, items_per_task=1, num_workers=workers, unit="video")
+            write_lines(target.folder / MISSING_NAME, catalog.missing)
+            summarise = partial(_summary, target.folder, catalog)
+            finish(target, len(shards), settings, catalog.splits, summarise, unit="video")
+        target.end()
     unlisted = [video_id for video_id in catalog.unlisted if video_id not in problems]
-    return read_report(out, missing=catalog.missing, unlisted=unlisted, was_complete=was_complete)
+    return read_report(target, missing=catalog.missing, unlisted=unlisted, was_complete=was_complete)
 
 
 def _task(

@@ -34,16 +34,14 @@ from flow.command import Parser
 from flow.fragment import FragmentReport, Totals, encode_frame, fragment_file, reason
 from flow.image_sources import Source, read_sources
 from flow.pool import default_num_workers, interruptible
+from flow.publish import add_target_options, announce, open_target
 from flow.resume import (
     BAD_NAME,
-    WORK_FOLDER,
     PackReport,
-    begin,
-    clear,
+    Target,
     explain,
     finish,
     input_digest,
-    locked,
     read_report,
     write_shards,
 )
@@ -74,7 +72,7 @@ class ImagesTask:
 
 def pack_images(
     train: str,
-    out: Path,
+    out: Path | str,
     *,
     val: str | None = None,
     classes: Path | None = None,
@@ -84,13 +82,14 @@ def pack_images(
     seed: int = 0,
     per_shard: int | None = None,
     num_workers: int | None = None,
+    work: Path | None = None,
 ) -> PackReport:
     """Pack an image set, or go on with a pack that was stopped.
 
     train, val: what becomes the lists split1_train and split1_test; without val, `split_by_folder` makes both, of
     images or of whole videos. classes: file of class names, line k that of number k in tars, from 0; without it a class
     is named by its number. size_px: the smaller side of the images. every: distance of the frames taken from a video.
-    per_shard: images of a shard, or videos.
+    per_shard: images of a shard, or videos. out, work: as of `flow.pack.pack`.
 
     Raises ValueError if a source is unusable, nothing could be packed, or `out` holds a pack with other settings or of
     other images. Bad images are left out and reported.
@@ -115,19 +114,18 @@ def pack_images(
         "videos_per_shard": per_shard or (VIDEOS_PER_SHARD if videos else PER_SHARD),
         "input_sha256": input_digest([[s.video_id, s.num_bytes, s.class_name] for s in sources], splits),
     }
-    out.mkdir(parents=True, exist_ok=True)
-    with locked(out / WORK_FOLDER):
-        was_complete = begin(out, settings)
+    with open_target(out, work) as target:
+        was_complete = target.begin(settings)
         if not was_complete:
-            _pack(sources, splits, out, settings, num_workers or default_num_workers())
-        clear(out / WORK_FOLDER)
+            _pack(sources, splits, target, settings, num_workers or default_num_workers())
+        target.end()
     test_ids = set(splits["split1_test"])
     tested = {source.class_name for source in sources if source.video_id in test_ids}
-    return read_report(out, was_complete=was_complete, untested=sorted({s.class_name for s in sources} - tested))
+    return read_report(target, was_complete=was_complete, untested=sorted({s.class_name for s in sources} - tested))
 
 
 def _pack(
-    sources: list[Source], splits: dict[str, list[str]], out: Path, settings: dict[str, Any], num_workers: int
+    sources: list[Source], splits: dict[str, list[str]], target: Target, settings: dict[str, Any], num_workers: int
 ) -> None:
     """The work of `pack_images`, once all is decided."""
     every = settings["every"]
@@ -135,7 +133,7 @@ def _pack(
     shards = seeded_shards(sources, settings["videos_per_shard"], settings["seed"])
     write_shards(
         shards,
-        out,
+        target,
         partial(ImagesTask, size_px=settings["size_px"], quality=settings["codec"]["quality"], every=every),
         write_images,
         items_per_task=PER_TASK if every is None else 1,
@@ -147,7 +145,7 @@ def _pack(
     def source_of(image_id: str) -> str:
         return image_id if image_id in ids else posixpath.dirname(image_id)
 
-    finish(out, len(shards), settings, splits, _summary, item_of=source_of, unit=unit)
+    finish(target, len(shards), settings, splits, _summary, item_of=source_of, unit=unit)
 
 
 def _summary(totals: Totals, num_bytes: int) -> dict[str, int | float]:
@@ -255,7 +253,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--val", metavar="SRC", help="images to test on (default: 30 %% of a class's images, or videos)"
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the packed data set")
+    add_target_options(parser)
     parser.add_argument(
         "--size", type=int, default=256, metavar="PX", help="smaller side of the images in px (default %(default)s)"
     )
@@ -287,6 +285,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     try:
+        announce(options.out, options.work)
         with interruptible():
             report = pack_images(
                 options.train,
@@ -299,6 +298,7 @@ def main(argv: list[str] | None = None) -> int:
                 seed=options.seed,
                 per_shard=options.per_shard,
                 num_workers=options.workers,
+                work=options.work,
             )
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {explain(error, options.out)}", file=sys.stderr)
@@ -317,7 +317,7 @@ def main(argv: list[str] | None = None) -> int:
         message = f"{len(report.untested):,} of {num_classes:,} classes have nothing to test on: a class of one image"
         print(f"warning: {message}, or of one video, has it for training, unless --val holds more.", file=sys.stderr)
     if report.bad:
-        print(f"{len(report.bad):,} were bad and left out: {options.out / BAD_NAME}")
+        print(f"{len(report.bad):,} were bad and left out: {options.out}/{BAD_NAME}")
         print(*(f"  {name} {report.bad[name]}" for name in sorted(report.bad)[:10]), sep="\n")
     return int(bool(report.bad) and not options.skip_bad)
 

@@ -17,7 +17,7 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,20 +65,25 @@ def scan_shards(root: Path) -> tuple[dict[str, Any], Arrays]:
     paths = sorted(Path(root).glob("shard-*.tar"))
     if not paths:
         raise ShardError(f"{root} holds no shard-*.tar. Pack a data set there with `python -m flow.pack`.")
+    return scan_clips([(path.name, path.stat().st_size, read_clips(path)) for path in paths])
+
+
+def scan_clips(shards: Sequence[tuple[str, int, Iterable[ClipEntry]]]) -> tuple[dict[str, Any], Arrays]:
+    """Header and arrays of the index, from name, bytes and clips of every shard. Raises ShardError as `scan_shards`."""
     videos: dict[str, tuple[int, list[ClipEntry]]] = {}
-    for number, path in enumerate(tqdm(paths, desc="indexing", unit="shard", delay=1, disable=None)):
-        for video_id, clips in _videos(path):
+    for number, (name, _, found) in enumerate(tqdm(shards, desc="indexing", unit="shard", delay=1, disable=None)):
+        for video_id, clips in _videos(name, found):
             if video_id in videos:
-                raise ShardError(f"{video_id} stands in {paths[videos[video_id][0]].name} and again in {path.name}.")
+                raise ShardError(f"{video_id} stands in {shards[videos[video_id][0]][0]} and again in {name}.")
             videos[video_id] = number, clips
     if not videos:
-        raise ShardError(f"The shards in {root} hold no video.")
+        raise ShardError("The shards hold no video.")
 
     classes = {clips[0].class_name: clips[0].class_id for _, clips in videos.values()}
     labels = {name: label for label, name in enumerate(sorted(classes))}
     header = {
         "classes": [{"name": name, "official_id": classes[name]} for name in sorted(classes)],
-        "shards": [{"name": path.name, "bytes": path.stat().st_size} for path in paths],
+        "shards": [{"name": name, "bytes": num_bytes} for name, num_bytes, _ in shards],
     }
     ids = sorted(videos)
     rows = np.zeros(len(ids), VIDEO)
@@ -136,10 +141,10 @@ def _place_mask(kind: str, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.uint32
     return (place * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(32)).astype(np.uint32)
 
 
-def _videos(path: Path) -> Iterator[tuple[str, list[ClipEntry]]]:
+def _videos(shard: str, found: Iterable[ClipEntry]) -> Iterator[tuple[str, list[ClipEntry]]]:
     """(id, clips) of every video of a shard; checks that the clips of a video are whole and of one size."""
     clips: list[ClipEntry] = []
-    for clip in read_clips(path):
+    for clip in found:
         expected = clips[-1].first_frame + clips[-1].num_frames if clips else 0
         if clip.first_frame != expected or (
             clips
@@ -147,7 +152,7 @@ def _videos(path: Path) -> Iterator[tuple[str, list[ClipEntry]]]:
             != (clips[-1].video_id, clips[-1].height, clips[-1].width, clips[-1].class_name)
         ):
             raise ShardError(
-                f"{path.name}: clip of {clip.video_id} at frame {clip.first_frame} where frame {expected} of "
+                f"{shard}: clip of {clip.video_id} at frame {clip.first_frame} where frame {expected} of "
                 f"{clips[-1].video_id if clips else 'a video'} should follow. Pack the set again."
             )
         clips.append(clip)
@@ -155,7 +160,7 @@ def _videos(path: Path) -> Iterator[tuple[str, list[ClipEntry]]]:
             yield clip.video_id, clips
             clips = []
     if clips:
-        raise ShardError(f"{path.name}: {clips[0].video_id} breaks off after frame {clips[-1].first_frame}.")
+        raise ShardError(f"{shard}: {clips[0].video_id} breaks off after frame {clips[-1].first_frame}.")
 
 
 def build_index(root: Path) -> None:

@@ -21,16 +21,14 @@ from flow.extract import DEFAULT_METHOD, FLOW_METHODS, GPU_METHODS, flow_method
 from flow.flow_dirs import EXTERNAL, describe_files, pack_flow_dirs
 from flow.fragment import FragmentTask, Recipe, Totals, write_fragment
 from flow.pool import interruptible
+from flow.publish import add_target_options, announce, open_target
 from flow.resume import (
     BAD_NAME,
-    WORK_FOLDER,
+    MISSING_NAME,
     PackReport,
-    begin,
-    clear,
     explain,
     finish,
     input_digest,
-    locked,
     read_report,
     write_lines,
     write_shards,
@@ -41,7 +39,7 @@ VIDEOS_PER_SHARD = 32
 
 def pack(
     videos: Path,
-    out: Path,
+    out: Path | str,
     *,
     splits: Path | None = None,
     dataset: str | None = None,
@@ -55,6 +53,7 @@ def pack(
     videos_per_shard: int = VIDEOS_PER_SHARD,
     num_workers: int | None = None,
     num_gpus: int | None = None,
+    work: Path | None = None,
 ) -> PackReport:
     """Pack a folder of videos (`Class/clip.avi`) into shards, or go on with a pack that was stopped.
 
@@ -62,13 +61,15 @@ def pack(
     `flow.extract.flow_method`. camera: subtract its motion, see `flow.camera`. size_px: the smaller side of the frames.
     backward: also the fields from frame t to t-1. num_workers: processes, by default one per core, at most 8 a GPU.
     num_gpus: how many to spread them over, by default all that are visible if the method can use one; 0: the CPU.
+    out: a folder, or the URL of a store as text; work: the folder for what is not sent there yet, see
+    `flow.publish.open_target`.
 
     The number of processes and GPUs is no setting of the pack: it may go on with another, but not on the CPU if it
     began on GPUs, which round differently.
 
     Raises ValueError if the folder or the lists are unusable, the method cannot compute flow with its parameters here,
-    no video could be packed, or `out` holds a pack with other settings or of other videos. Bad videos are left out
-    and reported.
+    no video could be packed, or `out` holds a pack with other settings or of other videos; StoreError if the store
+    fails. Bad videos are left out and reported.
     """
     if size_px < 16 or videos_per_shard < 1 or (num_workers is not None and num_workers < 1):
         raise ValueError(
@@ -92,14 +93,13 @@ def pack(
         "videos_per_shard": videos_per_shard,
         "input_sha256": input_digest([[v.video_id, v.path.stat().st_size] for v in catalog.videos], catalog.splits),
     }
-    out.mkdir(parents=True, exist_ok=True)
-    with locked(out / WORK_FOLDER):
-        was_complete = begin(out, settings)
+    with open_target(out, work) as target:
+        was_complete = target.begin(settings)
         if not was_complete:
             shards = seeded_shards(catalog.videos, videos_per_shard, seed)
             write_shards(
                 shards,
-                out,
+                target,
                 partial(_task, catalog, settings, parameters or {}, num_gpus),
                 write_fragment,
                 items_per_task=1,
@@ -107,10 +107,10 @@ def pack(
                 unit="video",
                 check=check,
             )
-            write_lines(out / "missing_videos.txt", catalog.missing)
-            finish(out, len(shards), settings, catalog.splits, partial(_summary, catalog), unit="video")
-        clear(out / WORK_FOLDER)
-    return read_report(out, missing=catalog.missing, unlisted=catalog.unlisted, was_complete=was_complete)
+            write_lines(target.folder / MISSING_NAME, catalog.missing)
+            finish(target, len(shards), settings, catalog.splits, partial(_summary, catalog), unit="video")
+        target.end()
+    return read_report(target, missing=catalog.missing, unlisted=catalog.unlisted, was_complete=was_complete)
 
 
 def _task(
@@ -168,6 +168,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="examples:\n"
         "  python -m flow.pack --videos UCF-101 --splits ucfTrainTestlist --out packed\n"
         "  python -m flow.pack --videos UCF-101 --out packed --method brox --gpus 4 --set gamma=20\n"
+        "  python -m flow.pack --videos UCF-101 --out s3://bucket/ucf101\n"
         "  python -m flow.pack --flow-dir rawframes --range 20 --splits ucfTrainTestlist --out packed\n\n"
         "exit code: 0 packed; 1 some videos are bad (but for --skip-bad), or listed and\n"
         "  absent (with --strict); 2 nothing could be done, the message says why;\n"
@@ -183,7 +184,7 @@ def _parser() -> argparse.ArgumentParser:
         help="folder of videos' folders of img_00001.jpg, flow_x_00001.jpg, ...: packs what other tools extracted as "
         "it is; needs --range PX",
     )
-    what.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the packed data set")
+    add_target_options(what)
     what.add_argument("--splits", type=Path, metavar="DIR", help="folder of the official list files")
     what.add_argument(
         "--dataset",
@@ -278,6 +279,7 @@ def _pack_flow_dirs(options: argparse.Namespace, argv: list[str] | None) -> Pack
         seed=options.seed,
         videos_per_shard=options.videos_per_shard,
         num_workers=options.workers,
+        work=options.work,
     )
 
 
@@ -301,6 +303,7 @@ def _pack_videos(options: argparse.Namespace) -> PackReport:
         videos_per_shard=options.videos_per_shard,
         num_workers=options.workers,
         num_gpus=options.gpus,
+        work=options.work,
     )
 
 
@@ -318,6 +321,7 @@ def _parameter(option: str) -> tuple[str, Any]:
 def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     try:
+        announce(options.out, options.work)
         with interruptible():
             report = _pack_flow_dirs(options, argv) if options.flow_dir else _pack_videos(options)
     except (ValueError, OSError, ImportError) as error:
@@ -330,7 +334,7 @@ def main(argv: list[str] | None = None) -> int:
     return int(bool(report.bad) and not options.skip_bad or bool(report.missing) and options.strict)
 
 
-def _describe(report: PackReport, out: Path) -> str:
+def _describe(report: PackReport, out: Path | str) -> str:
     figures = report.dataset["summary"]
     lines = [f"{out} was complete: nothing to do."] if report.was_complete else []
     lines += [
@@ -342,11 +346,11 @@ def _describe(report: PackReport, out: Path) -> str:
         left = figures["fields_uncompensated"]
         lines.append(f"camera motion subtracted; {left:,} fields that do not show it are left as they are")
     if report.missing:
-        lines.append(f"{len(report.missing):,} listed videos are not in the folder: {out / 'missing_videos.txt'}")
+        lines.append(f"{len(report.missing):,} listed videos are not in the folder: {out}/{MISSING_NAME}")
     if report.unlisted:
         lines.append(f"{len(report.unlisted):,} videos stand in no list; they are packed, but in no split")
     if report.bad:
-        lines.append(f"{len(report.bad):,} bad videos were left out: {out / BAD_NAME}")
+        lines.append(f"{len(report.bad):,} bad videos were left out: {out}/{BAD_NAME}")
         lines += [f"  {video_id} {report.bad[video_id]}" for video_id in sorted(report.bad)[:10]]
     return "\n".join(lines)
 

@@ -4,11 +4,12 @@ The items (videos, images) of every shard are known before one is opened. Proces
 shard is joined from its own, in their order, and noted as finished as soon as they are done. So a shard depends on its
 items only: a pack that was killed goes on with the next shard, and the bytes depend neither on the number of processes
 nor on how long the runs are. At the end come index, splits and reports, then dataset.json: where it exists, the pack is
-complete.
+complete. All this in a folder; what a store asks for besides is in `flow.publish`.
 
 OUT/.pack/lock                held by the running pack
 OUT/.pack/settings.json       what the pack was started with; to go on, it must be the same
 OUT/.pack/shard-000000.json   a finished shard: size, hash, totals, bad items
+OUT/.pack/shard-000000.husk   what is left here of a finished shard that lies in a store, see `flow.husk`
 OUT/.pack/run-*/              fragments of the shards in work; of no use to the next run
 """
 
@@ -30,14 +31,16 @@ from tqdm import tqdm
 
 from flow.catalog import Item
 from flow.command import describe_error
+from flow.dataset import describe_files
 from flow.fragment import FragmentReport, Totals, reason
 from flow.index import build_index, load_index, video_ids
 from flow.pool import run_pool
 from flow.shard import FORMAT_VERSION, commit_shard, shard_name, write_bytes, write_json
-from flow.untrusted import read_json
+from flow.untrusted import MAX_LIST_BYTES, parse_json, read_bounded
 
 WORK_FOLDER = ".pack"
 BAD_NAME = "bad_videos.txt"
+MISSING_NAME = "missing_videos.txt"
 
 #: What stops every write, and is no video's fault, with what to do about it.
 _DISK_ERRORS = {
@@ -57,6 +60,39 @@ class _HasFragment(Protocol):
 
 
 Task = TypeVar("Task", bound=_HasFragment)
+
+
+class Target:
+    """Where a pack goes: a folder. One that goes to a store is a `flow.publish.StoreTarget`.
+
+    folder: where shards are made, and what a pack needs to go on is kept.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def begin(self, settings: dict[str, Any]) -> bool:
+        """Start, or go on. Returns whether the pack is complete already. Raises ValueError if it had other settings."""
+        return begin(self.folder, settings)
+
+    def committed(self, number: int) -> None:
+        """To be told of every shard that is whole and noted as finished."""
+
+    def build_index(self) -> None:
+        """Build the index in the folder, from all shards."""
+        build_index(self.folder)
+
+    def complete(self, dataset: dict[str, Any]) -> None:
+        """Write dataset.json, last of all. All else is in the folder."""
+        write_json(self.folder / "dataset.json", dataset)
+
+    def read(self, name: str) -> bytes:
+        """A small file of the complete set. Raises FileNotFoundError."""
+        return read_bounded(self.folder / name, MAX_LIST_BYTES)
+
+    def end(self) -> None:
+        """Remove what a complete pack needs no more."""
+        clear(self.folder / WORK_FOLDER)
 
 
 @dataclass(frozen=True)
@@ -132,12 +168,13 @@ def input_digest(listing: Sequence[Sequence[Any]], splits: dict[str, list[str]])
     return hashlib.sha256(json.dumps([listing, splits]).encode()).hexdigest()
 
 
-def begin(out: Path, settings: dict[str, Any]) -> bool:
-    """Start, or go on. Returns whether the pack is complete already. Raises ValueError if it had other settings."""
+def begin(out: Path, settings: dict[str, Any], url: str | None = None) -> bool:
+    """As `Target.begin`, in a folder. url: of the store that its shards go to."""
     work = out / WORK_FOLDER
     if (out / "dataset.json").exists():
         compare_settings(out, _read_table(out / "dataset.json"), settings)
         return True
+    settings = {"url": url, **settings}
     if (work / "settings.json").exists():
         compare_settings(out, _read_table(work / "settings.json"), settings)
     elif any(out.glob("shard-*.tar")):
@@ -148,7 +185,7 @@ def begin(out: Path, settings: dict[str, Any]) -> bool:
     return False
 
 
-def compare_settings(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+def compare_settings(out: Path | str, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Raise ValueError if a setting is another one. A missing key means None: packs from before it existed lack it."""
     if differing := list(_differing(before, now)):
         raise ValueError(
@@ -169,16 +206,22 @@ def _differing(before: dict[str, Any], now: dict[str, Any], prefix: str = "") ->
 
 def _read_table(path: Path) -> dict[str, Any]:
     """A JSON object. Raises FileNotFoundError, and ValueError for anything else."""
+    return parse_table(read_bounded(path), path)
+
+
+def parse_table(content: bytes, path: Path | str) -> dict[str, Any]:
+    """A JSON object that was read from somewhere. Raises ValueError for anything else."""
+    remedy = "Choose another --out, or take this folder away."
     try:
-        content = read_json(path)
+        table = parse_json(content)
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}. Choose another --out, or take this folder away.") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: expected a JSON object. Choose another --out, or take this folder away.")
-    return content
+        raise ValueError(f"{path} is damaged: {error}. {remedy}") from None
+    if not isinstance(table, dict):
+        raise ValueError(f"{path} is damaged: expected a JSON object. {remedy}")
+    return table
 
 
-def explain(error: Exception, out: Path) -> str:
+def explain(error: Exception, out: Path | str) -> str:
     """What ended a pack, in one line; where the disk did, what to do."""
     remedy = _DISK_ERRORS.get(error.errno or 0) if isinstance(error, OSError) else None
     if not isinstance(error, OSError) or remedy is None:
@@ -193,16 +236,22 @@ def state_path(out: Path, number: int) -> Path:
     return out / WORK_FOLDER / f"{Path(shard_name(number)).stem}.json"
 
 
+def husk_path(out: Path, number: int) -> Path:
+    return state_path(out, number).with_suffix(".husk")
+
+
 def is_finished(out: Path, number: int) -> bool:
-    """Whether a shard is noted as finished, and its file is still there in its full size."""
+    """Whether a shard is noted as finished, and its file is still there in its full size, or lies in a store."""
     try:
-        shard = _read_state(out, number)["shard"]
-        return shard is None or (out / shard["name"]).stat().st_size == shard["bytes"]
+        shard = read_state(out, number)["shard"]
+        if shard is None or husk_path(out, number).exists():
+            return True
+        return bool((out / shard["name"]).stat().st_size == shard["bytes"])
     except (FileNotFoundError, ValueError):  # a damaged note: the shard is written again
         return False
 
 
-def _read_state(out: Path, number: int) -> dict[str, Any]:
+def read_state(out: Path, number: int) -> dict[str, Any]:
     """The note of a finished shard. Raises FileNotFoundError, and ValueError if it is none."""
     state = _read_table(state_path(out, number))
     try:
@@ -222,7 +271,7 @@ def _read_state(out: Path, number: int) -> dict[str, Any]:
 
 def write_shards(
     shards: Sequence[Sequence[Item]],
-    out: Path,
+    target: Target,
     make_task: Callable[[Path, Sequence[Item]], Task],
     write: Callable[[Task], FragmentReport],
     *,
@@ -239,6 +288,7 @@ def write_shards(
     check: with it the same holds for a RuntimeError, if `check` passes then; if it is the machine that fails, and not
     the item, it raises, and the pack can go on later.
     """
+    out = target.folder
     todo = [number for number in range(len(shards)) if not is_finished(out, number)]
     run = Path(tempfile.mkdtemp(prefix="run-", dir=out / WORK_FOLDER))
     left = {number: len(shards[number]) for number in todo}
@@ -265,6 +315,7 @@ def write_shards(
                     left[number] -= len(places)
                     if not left[number]:
                         _commit(out, number, reports.pop(number))
+                        target.committed(number)
             runs = crashed
 
 
@@ -300,7 +351,7 @@ def _commit(out: Path, number: int, reports: dict[Path, FragmentReport]) -> None
 
 
 def finish(
-    out: Path,
+    target: Target,
     num_shards: int,
     settings: dict[str, Any],
     splits: Mapping[str, Sequence[str]],
@@ -315,7 +366,8 @@ def finish(
     summarise(totals, bytes of all shards): what dataset.json says under "summary", besides the number of bad items.
     Raises ValueError if nothing could be packed.
     """
-    states = [_read_state(out, number) for number in range(num_shards)]
+    out = target.folder
+    states = [read_state(out, number) for number in range(num_shards)]
     bad = {item: reason for state in states for item, reason in state["bad"].items()}
     write_lines(out / BAD_NAME, [f"{item}\t{bad[item]}" for item in sorted(bad)])
     totals = Totals()
@@ -326,7 +378,7 @@ def finish(
         raise ValueError(
             f"None of the {len(bad)} {unit}s can be packed; {first} {bad[first]}. All reasons: {out / BAD_NAME}."
         )
-    build_index(out)
+    target.build_index()
     header, arrays = load_index(out)
     packed: dict[str, list[str]] = {}
     for video_id in video_ids(arrays):
@@ -345,16 +397,19 @@ def finish(
         "num_fields": totals.num_fields,
         "summary": {**summarise(totals, sum(shard["bytes"] for shard in shards)), "bad": len(bad)},
         "shards": shards,
+        "files": describe_files(out),
     }
-    write_json(out / "dataset.json", dataset)
+    target.complete(dataset)
 
 
-def read_report(out: Path, **more: Any) -> PackReport:
+def read_report(target: Target, **more: Any) -> PackReport:
     """Report of a complete pack; `more` are fields that stand in no file."""
-    path = out / BAD_NAME
-    lines = path.read_text("utf-8").splitlines() if path.exists() else []
+    try:
+        lines = target.read(BAD_NAME).decode().splitlines()
+    except FileNotFoundError:
+        lines = []
     bad = dict(line.split("\t", 1) for line in lines)
-    return PackReport(_read_table(out / "dataset.json"), bad, **more)
+    return PackReport(parse_table(target.read("dataset.json"), "dataset.json"), bad, **more)
 
 
 def write_lines(path: Path, lines: Sequence[str], keep: bool = False) -> None:

@@ -3,7 +3,7 @@
     shard       bytes and SHA-256                  against dataset.json
     member      size, CRC-32, coded image size     against the clip's JSON; with --deep it is decoded
     index       every entry                        against the tars
-    splits      every video id                     against the index
+    splits      every video id                     against the index; as dataset.json has it, its SHA-256
 
 Every damage is named, and what lies behind it in the shard is still checked. An index is rebuilt from sound tars only:
 the CRC-32 in the clips' JSON is of the bytes as they were packed, so that rebuilding cannot launder damage.
@@ -21,10 +21,10 @@ from tqdm import tqdm
 
 from flow.clips import MemberPlace, decode_image, read_clips, read_image
 from flow.command import Parser, describe_error, nearest_path
-from flow.dataset import no_packed_set, read_dataset
+from flow.dataset import describe_files, no_packed_set, read_dataset
 from flow.index import build_index, image_places, load_index, scan_shards, video_ids
 from flow.pool import default_num_workers, run_pool
-from flow.shard import CLIP_FRAMES, KINDS, ShardError, member_name
+from flow.shard import CLIP_FRAMES, KINDS, ShardError, member_name, write_json
 from flow.untrusted import read_lines
 
 
@@ -59,13 +59,18 @@ def verify(root: Path, deep: bool = False, num_workers: int | None = None) -> Sh
     for path in sorted(root.glob("shard-*.tar")):
         if path.name not in known:
             report.damages.append(f"{path.name}: is no part of this data set: dataset.json does not name it.")
-    report.damages += _verify_index(root, dataset)
+    damages = _verify_index(root, dataset)
+    report.damages += damages or _verify_files(root, dataset)
     return report
 
 
 def rebuild_index(root: Path, num_workers: int | None = None) -> ShardReport:
-    """Build the index again from the tars alone, if they are sound; the report says whether they are."""
-    shards = {shard["name"]: shard for shard in (_read_dataset(root) or {"shards": []})["shards"]}
+    """Build the index again from the tars alone, if they are sound; the report says whether they are.
+
+    What dataset.json says of the index and of the lists of videos, which may have changed too, is written anew.
+    """
+    dataset = _read_dataset(root)
+    shards = {shard["name"]: shard for shard in (dataset or {"shards": []})["shards"]}
     names = sorted({path.name for path in root.glob("shard-*.tar")} | set(shards))
     if not names:
         raise ValueError(f"{root} holds no shard-*.tar: no packed data set.{nearest_path(root)}")
@@ -77,6 +82,8 @@ def rebuild_index(root: Path, num_workers: int | None = None) -> ShardReport:
     report = _verify_shards(tasks, num_workers)
     if not report.damages:
         build_index(root)
+        if dataset is not None:
+            write_json(root / "dataset.json", {**dataset, "files": describe_files(root)})
     return report
 
 
@@ -196,6 +203,20 @@ def _verify_index(root: Path, dataset: dict[str, Any]) -> list[str]:
     return damages
 
 
+def _verify_files(root: Path, dataset: dict[str, Any]) -> list[str]:
+    """Hold index and lists against what dataset.json says of them: whoever reads the set from a store refuses others.
+
+    Lists that it does not name are the user's own.
+    """
+    found = {entry["name"]: entry for entry in describe_files(root)}
+    return [
+        f"{entry['name']}: {'has changed' if entry['name'] in found else 'is missing'} since dataset.json was written. "
+        f"Restore it; or, if that was you: `python -m flow.verify {root} --rebuild-index`."
+        for entry in dataset.get("files", [])
+        if found.get(entry["name"]) != entry
+    ]
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(
         prog="python -m flow.verify",
@@ -207,7 +228,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("root", type=Path, metavar="DIR", help="folder of a packed data set")
     parser.add_argument("--deep", action="store_true", help="decode every image too")
-    parser.add_argument("--rebuild-index", action="store_true", help="build the index again from the tars alone")
+    parser.add_argument(
+        "--rebuild-index",
+        action="store_true",
+        help="build the index again from the tars alone, and let dataset.json describe it and the lists in splits/",
+    )
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
     options = parser.parse_args(argv)
     try:

@@ -14,7 +14,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +23,7 @@ import pytest
 
 from flow import demo, pool
 from flow.catalog import read_ucf101_lists, walk
-from tests.conftest import random_video
+from tests.conftest import InThisProcess, random_video
 from tests.test_flow_dirs import write_fields, write_frames
 from train import experiments, launch
 from train.config import resolve_config, to_flat
@@ -298,24 +297,6 @@ def options_of(paths):
     text = "".join(path.read_text() for path in paths)
     declared = re.findall(r"add_argument\(\s*\"(--[\w-]+)\"", text)
     return {*declared, *re.findall(r"^ +(--[\w-]+)\) ", text, re.M), "--help"}
-
-
-class InThisProcess:
-    """In the place of a pool of processes, which each take longer to start than all that they do here."""
-
-    def __init__(self, num_workers):
-        pass
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        pass
-
-    def start(self, function, task):
-        done = Future()
-        done.set_result(function(task))
-        return done
 
 
 @pytest.fixture(scope="module")

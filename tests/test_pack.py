@@ -23,6 +23,7 @@ from flow.codec import Codec, decode_component, decode_rgb
 from flow.devices import count_gpus, count_workers
 from flow.extract import flow_method
 from flow.pool import run_pool, worker_number
+from flow.resume import locked
 from flow.video import import_cv2, read_frames, to_grey, write_video
 from tests.deadly import write_or_fail
 from tests.faults import processes
@@ -518,7 +519,7 @@ def test_unusable_options_are_explained(videos, tmp_path, capsys, options, messa
 
 
 def test_a_running_pack_is_not_disturbed(videos, tmp_path, capsys):
-    with pack.locked(tmp_path / ".pack"):
+    with locked(tmp_path / ".pack"):
         assert run(videos, tmp_path) == 2
     assert "Another pack into" in capsys.readouterr().err
 
