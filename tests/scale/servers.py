@@ -92,23 +92,29 @@ def web_server(folder: Path, scratch: Path):
 @dataclass
 class Fault:
     """What to do to an answer. status: this one instead of it. wait_s: before it. cut: close the connection after this
-    part of its body. flip: change a byte of its body. only: to answers to paths that contain this."""
+    part of its body. flip: change a byte of its body. only: to answers to paths that contain this.
+
+    flip_sent: change a byte of what is sent to the server. lose: take this part of what is sent, and close."""
 
     status: int | None = None
     wait_s: float = 0.0
     cut: float | None = None
     flip: bool = False
+    flip_sent: bool = False
+    lose: float | None = None
     only: str = ""
     method: str = "GET"
 
 
 @dataclass
 class Proxy:
-    """port: where it listens. faults: one for each of the next answers that it is `only` for. seen: (method, path)."""
+    """port: where it listens. faults: one for each of the next answers that it is `only` for. seen: (method, path) of
+    requests; whole: of those whose content has come."""
 
     port: int = 0
     faults: deque = field(default_factory=deque)
     seen: list = field(default_factory=list)
+    whole: list = field(default_factory=list)
 
     def take(self, method, path):
         for fault in self.faults:
@@ -128,10 +134,19 @@ def faulty_proxy(target_port):
         protocol_version = "HTTP/1.1"
 
         def handle_any(self):
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             with lock:
                 proxy.seen.append((self.command, self.path))
                 fault = proxy.take(self.command, self.path)
+            length = int(self.headers.get("Content-Length", 0))
+            body = self.rfile.read(length if fault.lose is None else int(length * fault.lose))
+            if len(body) < length:  # the client is gone, or shall think that the server is
+                time.sleep(fault.wait_s)
+                self.close_connection = True
+                self.connection.shutdown(socket.SHUT_RDWR)
+                return
+            proxy.whole.append((self.command, self.path))
+            if fault.flip_sent and body:
+                body = body[:-1] + bytes([body[-1] ^ 1])
             time.sleep(fault.wait_s)
             if fault.status is not None:
                 self.send_response(fault.status)
