@@ -1,8 +1,8 @@
 """A shard's husk: what is left of it here when it lies elsewhere, so that the index can be built without it.
 
-Of every clip its header, and place, size, CRC-32, range and mean of its members: all but the images, in a percent of
-the bytes. A tar with holes for the images would not do: of each member it keeps a header, which costs a block of the
-disk, as much as many a component.
+Of every clip its header, and place, size, CRC-32, range and mean of its members, compressed: all but the images. A tar
+with holes for the images would not do: of each member it keeps a header, which costs a block of the disk, as much as
+many a component.
 """
 
 import io

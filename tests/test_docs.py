@@ -38,7 +38,7 @@ NAMES = [
     *(f"docs/{name}.md" for name in ("accuracy", "own-data", "predict", "existing-flow", "flow", "several-gpus")),
     *(
         f"docs/{name}.md"
-        for name in ("several-machines", "throughput", "troubleshooting", "reliability", "paper", "design")
+        for name in ("several-machines", "remote", "throughput", "troubleshooting", "reliability", "paper", "design")
     ),
     *(path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "docs" / "experiments").glob("*.md"))),
     *("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"),
@@ -53,6 +53,8 @@ ELSEWHERE = {
     "pip uninstall": "changes the installation",
     ". .venv/bin/activate": "changes the shell; the tests run in that environment",
     "make install": "done before a test can run",
+    "python -m flow.pack --out s3://bucket/ucf101": "needs a bucket; tests/scale/test_publish.py has one",
+    "python -m flow.publish packed s3://bucket/packed": "needs a bucket; tests/scale/test_publish.py has one",
     "nvidia-smi": "NVIDIA's, where there is a GPU",
     "python -m pytest": "runs tests, as is done here",
     "ruff": "make check: run beside the tests",

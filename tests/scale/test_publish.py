@@ -1,6 +1,7 @@
 """Packing into a real S3 server: the objects are those of a local pack, whatever happens on the way."""
 
 import json
+import os
 import shutil
 import threading
 import time
@@ -235,6 +236,26 @@ def test_sigterm_ends_a_pack_at_once_and_it_goes_on(videos, local, bucket, tmp_p
     assert processes.wait_until(lambda: not any(map(processes.is_running, family)))
     assert run(videos, "--work", str(work)) == 0
     assert_whole(direct, local, complete=True)
+
+
+def test_a_large_file_goes_in_parts_and_appears_whole(bucket, tmp_path):
+    proxy, direct = bucket
+    content = os.urandom(70_000_000)
+    (tmp_path / "large").write_bytes(content)
+    proxy.faults.append(Fault(status=503, method="PUT", only="partNumber=2"))
+    sizes, end = set(), threading.Event()
+
+    def look():
+        while not end.is_set():
+            sizes.add(direct.names().get("large"))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    Store(URL).put(tmp_path / "large", "large")
+    end.set()
+    thread.join()
+    assert not proxy.faults and sum("partNumber" in path for _, path in proxy.seen) > 3
+    assert sizes <= {None, len(content)} and direct.read("large", 0, len(content)) == content
 
 
 def test_wrong_places_are_told_at_once(videos, bucket, tmp_path, capsys, monkeypatch):
