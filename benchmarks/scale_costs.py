@@ -5,7 +5,8 @@
 stages      CPU ms a frame of decoding and resizing, of flow by dis, and of coding (an RGB frame and both components,
             each decoded again as proof), in one process and in one on every core; rounds interleaved
 startup     seconds to start and end a pack's processes
-videos      whole videos, as a pack's process has them: seconds a frame of each, to the mean; all lengths, by headers
+videos      whole videos, as a pack's process has them: CPU seconds a frame of each, to the mean; with backward fields,
+            to without; all lengths, by headers
 bytes       of a frame, of a field either way, and of what the tar adds, for each frame of --data
 join        MB/s of joining 32 fragments to a shard, with SHA-256 and fsync, and of SHA-256 alone, all of it in memory
 index       frames/s and memory of building it, bytes of it a frame
@@ -52,13 +53,14 @@ from scale_works import (
     measure_checkpoint,
     measure_join,
     measure_loader,
+    timed_fragment,
 )
 from tqdm import tqdm
 
 from flow.catalog import list_videos
 from flow.codec import Codec
 from flow.command import Parser
-from flow.fragment import FragmentTask, Recipe, Totals, write_fragment
+from flow.fragment import FragmentTask, Recipe, Totals
 from flow.index import INDEX_NAME, build_index
 from flow.pool import default_num_workers, run_pool
 from flow.video import read_header
@@ -122,37 +124,37 @@ def measure_startup(options: argparse.Namespace) -> list[dict[str, Any]]:
 def measure_videos(options: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], dict[str, float], list[Path]]:
     """Time and lengths; bytes of a backward field against a forward one; and the fragments."""
     clips = choose_clips(options.videos, options.clips)
-    forward = write_fragments(clips, folder / "forward", options, backward=False)
     few = clips[:: max(1, len(clips) // 8)]
+    forward = write_fragments(clips, folder / "forward", options, backward=False)
     both = write_fragments(few, folder / "both", options, backward=True)
-    lengths = [read_header(video.path).num_frames for video in list_videos(options.videos)]
-    pace = [totals.video_s / totals.num_frames for totals in forward.values()]
-    mean = sum(totals.video_s for totals in forward.values()) / sum(t.num_frames for t in forward.values())
-    one_way = [forward[clip] for clip in few]
-    added = sum(both[clip].flow_bytes for clip in few) - sum(totals.flow_bytes for totals in one_way)
-    fields = sum(totals.num_fields for totals in one_way)
-    sizes = {"backward_field": added / fields, "forward_field_of_the_same": sum(t.flow_bytes for t in one_way) / fields}
+    cpu_s = sum(seconds for _, seconds in forward.values()) / sum(totals.num_frames for totals, _ in forward.values())
     found = {
         "clips": len(clips),
-        "s_per_frame": mean,
-        "pace": sorted(value / mean for value in pace),
-        "lengths_frames": sorted(lengths),
+        "cpu_s_per_frame": cpu_s,
+        "pace": sorted(seconds / totals.num_frames / cpu_s for totals, seconds in forward.values()),
+        "backward_ratio": sum(both[clip][1] for clip in few) / sum(forward[clip][1] for clip in few),
+        "lengths_frames": sorted(read_header(video.path).num_frames for video in list_videos(options.videos)),
     }
+    one_way, num_fields = (sum(getattr(forward[clip][0], key) for clip in few) for key in ("flow_bytes", "num_fields"))
+    added = sum(both[clip][0].flow_bytes for clip in few) - one_way
+    sizes = {"backward_field": added / num_fields, "forward_field_of_the_same": one_way / num_fields}
     return found, sizes, sorted((folder / "forward").glob("*.fragment"))
 
 
-def write_fragments(clips: list[Path], folder: Path, options: argparse.Namespace, backward: bool) -> dict[Path, Totals]:
-    """Clip -> what was packed of it."""
+def write_fragments(
+    clips: list[Path], folder: Path, options: argparse.Namespace, backward: bool
+) -> dict[Path, tuple[Totals, float]]:
+    """Clip -> what was packed of it, and the CPU seconds that it took."""
     folder.mkdir()
     recipe = Recipe(options.size, PACK_METHOD, Codec(), backward=backward)
     tasks = [
         FragmentTask(clip, f"{clip.parent.name}/{clip.stem}", clip.parent.name, None, folder / f"{n}.fragment", recipe)
         for n, clip in enumerate(clips)
     ]
-    totals = {task.path: report and report.totals for task, report in run_pool(write_fragment, tasks, options.cores)}
-    if bad := [clip for clip, found in totals.items() if not found or not found.num_fields]:
+    found = {task.path: timed for task, timed in run_pool(timed_fragment, tasks, options.cores)}
+    if bad := [clip for clip, timed in found.items() if not timed or not timed[0].num_fields]:
         raise ValueError(f"{bad[0]} cannot be packed; expected whole videos in --videos. Leave it out.")
-    return totals
+    return found
 
 
 CASES: dict[str, Callable[[Path], dict[str, Any]]] = {"index": index_memory}
