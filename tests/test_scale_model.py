@@ -1,0 +1,335 @@
+"""The simulation of docs/scale.md against closed forms, queueing laws and independent code; and its programs run."""
+
+import heapq
+import json
+import math
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import simpy
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import scale_check  # noqa: E402
+import scale_costs  # noqa: E402
+import scale_model  # noqa: E402
+from common import RESULTS  # noqa: E402
+from scale_events import Link  # noqa: E402
+from scale_extraction import Cluster, Extraction, Work, hours_for  # noqa: E402
+from scale_inputs import ASSUMPTIONS, datasets, read_measured  # noqa: E402
+from scale_limits import add_speedup, sensitivity  # noqa: E402
+from scale_training import Shards, Simulation, Training  # noqa: E402
+from scaling_model import Parts, predict  # noqa: E402
+
+# --- the shared link ---------------------------------------------------------------------------------------------
+
+
+def carry(link, env, transfers):
+    """When each of some (start, bytes) ends."""
+    ends = [0.0] * len(transfers)
+
+    def one(number, start, num_bytes):
+        yield env.timeout(start)
+        yield link.send(num_bytes)
+        ends[number] = env.now
+
+    for number, (start, num_bytes) in enumerate(transfers):
+        env.process(one(number, start, num_bytes))
+    env.run()
+    return ends
+
+
+@pytest.mark.parametrize(
+    ("transfers", "most", "ends"),
+    [
+        ([(0, 100)], math.inf, [10]),
+        ([(0, 100), (0, 100)], math.inf, [20, 20]),
+        ([(0, 100), (5, 25)], math.inf, [12.5, 10]),  # 50 alone, 25 at half the rate, 25 alone
+        ([(0, 100), (0, 100)], 2.0, [50, 50]),  # each is held back, the link is not full
+        ([(0, 100)] * 10, 2.0, [100] * 10),
+    ],
+)
+def test_transfers_share_a_link_alike(transfers, most, ends):
+    env = simpy.Environment()
+    assert carry(Link(env, 10.0, most), env, transfers) == pytest.approx(ends)
+
+
+def test_a_link_keeps_the_laws_of_queues():
+    """Sharing among Poisson arrivals of exponential sizes: the mean stay is 1 / (service rate - arrival rate), and the
+    mean number under way is the arrival rate times that (Little)."""
+    rng, arrivals, size = np.random.default_rng(0), 40_000, 1.0
+    starts = np.cumsum(rng.exponential(1 / 0.6, arrivals))
+    sizes = rng.exponential(size, arrivals)
+    env = simpy.Environment()
+    link = Link(env, 1.0)
+    ends = carry(link, env, list(zip(starts, sizes, strict=True)))
+    stays = np.array(ends) - starts
+    assert stays.mean() == pytest.approx(1 / (1 - 0.6), rel=0.05)
+    assert link.flow_seconds / env.now == pytest.approx(arrivals / env.now * stays.mean(), rel=1e-9)
+    assert link.num_bytes == pytest.approx(sizes.sum())
+
+
+# --- extraction --------------------------------------------------------------------------------------------------
+
+WORK = Work(frames=np.full(96, 100.0), s_per_frame=0.02, bytes_per_frame=30e3, videos_per_shard=8)
+ALONE = Cluster(nodes=1, cores=4, join_bytes_per_s=math.inf)
+
+
+@pytest.mark.parametrize(("nodes", "cores"), [(1, 1), (1, 4), (3, 7), (64, 16)])
+def test_without_contention_equal_videos_take_whole_rounds(nodes, cores):
+    found = Extraction(WORK, replace(ALONE, nodes=nodes, cores=cores)).run()
+    assert found["seconds"] == pytest.approx(math.ceil(96 / (nodes * cores)) * 100 * 0.02)
+    assert found["slots_busy"] * found["seconds"] * nodes * cores == pytest.approx(96 * 2.0)
+
+
+def test_without_contention_it_is_list_scheduling():
+    """Independent code: each video goes to the slot that is free first."""
+    frames = np.random.default_rng(0).lognormal(5, 1, 500).round()
+    free = [0.0] * 12
+    for seconds in frames * 0.02:
+        heapq.heapreplace(free, free[0] + seconds)
+    found = Extraction(replace(WORK, frames=frames), replace(ALONE, nodes=3)).run()
+    assert found["seconds"] == pytest.approx(max(free))
+
+
+@pytest.mark.parametrize("limit", ["join", "card", "shared"])
+def test_what_all_share_bounds_the_rate(limit):
+    """64 nodes make 51,200 frames/s; the driver, its card or the file system carries a hundredth of their bytes."""
+    work, bound = replace(WORK, frames=np.full(6400, 100.0)), 512 * 30e3
+    limits = {
+        "join": {"join_bytes_per_s": bound},
+        "card": {"card_bytes_per_s": bound},
+        "shared": {"through": "shared", "shared_bytes_per_s": bound},
+    }
+    found = Extraction(work, replace(ALONE, nodes=64, cores=16, **limits[limit])).run()
+    assert found["joined_s"] == pytest.approx(640_000 / 512, rel=0.02)
+    assert found["steady_frames_per_s"] == pytest.approx(512, rel=0.15)  # of bursts
+    assert found["slots_busy"] < 0.02
+
+
+def test_the_driver_is_busy_as_its_throughput_says():
+    """Utilisation is throughput times service time, whatever else happens."""
+    work = replace(WORK, frames=np.random.default_rng(1).integers(50, 300, 640).astype(float))
+    cluster = replace(ALONE, nodes=4, join_bytes_per_s=2e8, card_bytes_per_s=1e9, connection_bytes_per_s=1e8)
+    for through, service_s in (("driver", 1 / 2e8), ("shared", 1 / 2e8 + 2 / 1e9)):
+        found = Extraction(work, replace(cluster, through=through)).run()
+        throughput = work.frames.sum() * 30e3 / found["joined_s"]
+        assert found["driver_busy"] == pytest.approx(throughput * service_s)
+        assert found["slots_busy"] == pytest.approx(work.frames.sum() * 0.02 / (16 * found["joined_s"]))
+
+
+def test_failures_cost_repeated_work_and_nothing_is_lost():
+    work = replace(WORK, frames=np.full(2000, 100.0))
+    cluster = replace(ALONE, nodes=4, join_bytes_per_s=1e9)
+    whole = Extraction(work, cluster).run()
+    failing = Extraction(work, replace(cluster, mean_up_s=100.0, repair_s=10.0)).run()
+    assert whole["retries"] == 0 and failing["retries"] > 4
+    # up for 100 of 110 seconds, and half a video is lost by each slot's failure
+    assert failing["steady_frames_per_s"] == pytest.approx(whole["steady_frames_per_s"] * (100 / 110) * 0.99, rel=0.1)
+    assert failing["seconds"] > whole["seconds"]
+
+
+def test_the_longest_video_is_the_end():
+    frames = np.full(640, 10.0)
+    frames[-1] = 100_000
+    found = Extraction(replace(WORK, frames=frames), replace(ALONE, nodes=16)).run()
+    assert 2000 < found["seconds"] < 2005
+
+
+def test_a_stretch_tells_of_the_whole():
+    rng = np.random.default_rng(2)
+    frames = rng.lognormal(5, 1, 20_000)
+    cluster = replace(ALONE, nodes=8, cores=16, join_bytes_per_s=3e8, card_bytes_per_s=1e9)
+    whole = Extraction(replace(WORK, frames=frames), cluster).run()
+    stretch = hours_for(frames.sum(), replace(WORK, frames=frames[:5000]), cluster)
+    assert 3600 * stretch["hours"] == pytest.approx(whole["seconds"], rel=0.05)
+
+
+# --- training ----------------------------------------------------------------------------------------------------
+
+GPU = Parts(step_s={64: 0.02}, hidden_s={64: 0.01}, gradient_bytes=363e6, link_bytes_per_s=3e9)
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 8, 64])
+@pytest.mark.parametrize("rate", [1000.0, 1e5])
+def test_equal_batches_take_what_the_closed_form_says(nodes, rate):
+    found = Simulation(Training(nodes=nodes, num_samples=64, parts=GPU, loader_samples_per_s=rate), 50).run()
+    expected = predict(nodes, 64, GPU, loader_samples_per_s=rate)
+    assert found["step_s"] == pytest.approx(expected["step_s"])
+    assert found["samples_per_s"] == pytest.approx(nodes * 64 / expected["step_s"])
+    assert found["data_wait_s"] == pytest.approx(max(0.0, 64 / rate - found["step_s"] + found["data_wait_s"]))
+
+
+def test_uneven_batches_take_what_a_recursion_says():
+    """Independent code: times of every batch of every node, one step after the other. Alone, a batch takes the mean."""
+    pace, rng = np.array([0.5, 0.5, 2.0]), np.random.default_rng(5)
+    parts = replace(GPU, step_s={64: 0.08}, link_bytes_per_s=math.inf)
+    training = Training(nodes=1, num_samples=64, parts=parts, loader_samples_per_s=640.0, pace=pace)
+    times = []
+    for nodes in (1, 4, 64):
+        found = Simulation(replace(training, nodes=nodes), 3000).run()["step_s"]
+        put, start = np.zeros(nodes), 0.0
+        taken = [np.zeros(nodes), np.zeros(nodes)]  # of the two batches before
+        starts = []
+        for _ in range(3000):
+            put = np.maximum(put + 0.1 * rng.choice(pace, nodes), taken[-2])  # room for two
+            taken.append(np.maximum(start, put))
+            start = taken[-1].max() + 0.08
+            starts.append(start)
+        assert found == pytest.approx(np.diff(starts)[600:].mean(), rel=0.02)
+        times.append(found)
+    assert 0.1 < times[0] < 0.11 and times[0] < times[1] < times[2] < 0.2
+
+
+def test_fetches_bound_the_rate_by_the_store_and_by_what_a_node_brings():
+    shards = Shards(exchange_steps=2, shard_bytes=3e8, fetches=2.0, store_bytes_per_s=1e9, ahead_steps=10)
+    training = Training(nodes=8, num_samples=64, parts=GPU, loader_samples_per_s=1e6, shards=shards)
+    found = Simulation(training, 600).run()
+    assert found["step_s"] == pytest.approx(2 * 3e8 / 1e9 / 2, rel=0.05)  # 2 shards of 300 MB for 2 steps, at 1 GB/s
+    assert found["store_bytes_per_s"] == pytest.approx(1e9, rel=0.05)
+    one = replace(shards, fetches=1.0, store_bytes_per_s=math.inf, flow_bytes_per_s=1e8, at_a_time=3)
+    alone = Simulation(replace(training, nodes=1, shards=one), 300).run()
+    assert alone["step_s"] == pytest.approx(3.0 / 3 / 2, rel=0.05)  # 3 shards every 3 s, one needed in 2 steps
+    free = Simulation(replace(training, shards=replace(shards, store_bytes_per_s=math.inf)), 100).run()
+    assert free["step_s"] == pytest.approx(predict(8, 64, GPU)["step_s"])
+
+
+@pytest.mark.parametrize(
+    ("nodes", "scaling"), [(2, "strong"), (16, "strong"), (64, "strong"), (16, "weak"), (64, "weak")]
+)
+def test_the_geometry_of_fetches_is_that_of_drawn_batches(nodes, scaling, measured):
+    """Batches drawn over a ring of shards, sorted and cut into slices: how many slices a shard is ever in."""
+    pool, batch_size = scale_model.POOL_SHARDS, 256 * (nodes if scaling == "weak" else 1)
+    rng, touched = np.random.default_rng(0), np.zeros((pool, nodes), bool)
+    for _ in range(3 * pool):
+        touched[np.sort(rng.integers(0, pool, batch_size)), np.arange(batch_size) * nodes // batch_size] = True
+    found = scale_model.fetches_of(nodes, batch_size, replace(measured, fetches=None))
+    assert found == pytest.approx(touched.sum(1).mean(), rel=0.15)
+
+
+# --- what limits -------------------------------------------------------------------------------------------------
+
+
+def test_the_bottleneck_is_the_input_that_gains_most():
+    def rate(factors):
+        f = {"a": 1.0, "b": 1.0, "c": 1.0, **factors}
+        return min(10 * f["a"], 12 * f["b"] ** 0.5, 100 / f["c"])
+
+    found = sensitivity(rate, {"a": 1, "b": 1, "c": -1})
+    assert (found["rate"], found["bottleneck"]) == (10, "a")
+    gains = {row["input"]: (row["gain"], row["loss"]) for row in found["inputs"]}
+    assert gains["a"] == pytest.approx((0.2, -0.5)) and gains["c"] == pytest.approx((0, 0))
+    assert gains["b"] == pytest.approx((0, 12 * 0.5**0.5 / 10 - 1))
+    power = sensitivity(lambda f: 5 * f.get("a", 1) ** 0.3 / f.get("b", 1), {"a": 1, "b": -1})
+    assert {row["input"]: row["elasticity"] for row in power["inputs"]} == pytest.approx({"a": 0.3, "b": -1})
+    assert sensitivity(lambda f: 1.0, {"a": 1})["bottleneck"] is None
+
+
+def test_scaling_stops_where_doubling_is_not_worth_it():
+    rows = [
+        {"of": of, "nodes": n, "rate": min(n, most)} for of, most in (("x", 6), ("y", 99)) for n in (1, 2, 4, 8, 16)
+    ]
+    add_speedup(rows, ("of",), lambda row: row["rate"])
+    assert {(row["of"], row["stops_at"]) for row in rows} == {("x", 8), ("y", None)}
+    assert [row["speedup"] for row in rows if row["of"] == "x"] == [1, 2, 4, 6, 6]
+
+
+# --- inputs and programs -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def measured():
+    return read_measured(RESULTS)
+
+
+def test_lengths_have_the_mean_that_is_published_and_at_least_two_frames(measured):
+    for dataset in datasets():
+        lengths = dataset.lengths(measured.lengths, 5000, np.random.default_rng(0))
+        assert lengths.mean() == pytest.approx(dataset.num_frames / dataset.num_videos, rel=0.01)
+        assert lengths.min() >= 2
+    assert all(assumption.source for assumption in ASSUMPTIONS.values())
+
+
+def test_published_sets_follow_from_the_published_measurements(measured):
+    """Whoever measures anew has to simulate anew."""
+    result = json.loads((RESULTS / "scale_model.json").read_text())
+    now = json.loads(json.dumps([scale_model.set_row(dataset, measured) for dataset in datasets()]))
+    assert result["sets"] == now
+    assert result["node_rates"] == json.loads(json.dumps(scale_model.node_rates(measured)))
+    assert result["fetches_measured"] == (measured.fetches is not None)
+
+
+def test_node_hours_are_frames_times_seconds(measured):
+    by_name = {row["set"]: row for row in (scale_model.set_row(dataset, measured) for dataset in datasets())}
+    extraction = json.loads((RESULTS / "flow_extraction.json").read_text())
+    dis = next(row["cpu_s_per_pair"] for row in extraction["rows"] if row["name"] == "dis")
+    least = 13_320 * 7.21 * 25 * dis / 16 / 3600  # flow alone
+    assert least < by_name["ucf101"]["node_hours"]["dis"] < 2 * least
+    whole, cut = by_name["sports1m"], by_name["sports1m_10s"]
+    for key in ("bytes", "bytes_with_backward", "index_bytes", "index_h"):
+        assert whole[key] == pytest.approx(33.6 * cut[key])
+    assert whole["bytes"] < whole["bytes_with_backward"] < 2 * whole["bytes"]
+
+
+def test_fetches_are_read_where_they_were_measured(tmp_path):
+    for path in RESULTS.glob("*.json"):
+        shutil.copy(path, tmp_path)
+
+    def row(pool_shards, most):
+        machines = [{"world_size": n, "fetches_per_shard": 1 + most * n / 64} for n in (2, 64)]
+        return {"set": "Kinetics-700", "pool_shards": pool_shards, "batch_size": 256, "machines": machines}
+
+    (tmp_path / "draw_statistics.json").write_text(json.dumps({"rows": [row(16, 3), row(256, 6.4)]}))
+    found = read_measured(tmp_path)
+    assert found.fetches == {2: 1.2, 64: 7.4}
+    assert scale_model.fetches_of(64, 256, found) == 7.4
+    assert scale_model.fetches_of(64, 512, found) != 7.4  # of another batch
+
+
+def test_a_missing_measurement_is_named(tmp_path):
+    with pytest.raises(SystemExit, match=r"scale_costs\.json"):
+        scale_model.main(["--from", str(tmp_path), "--out", str(tmp_path)])
+
+
+@pytest.mark.slow
+def test_a_quick_run_writes_what_is_promised(tmp_path):
+    assert scale_model.main(["--quick", "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "scale_model_quick.json").read_text())
+    assert result["label"] == "simulation" and len(result["sets"]) == 4
+    assert {row["through"] for row in result["extraction"]} == {"driver", "shared"}
+    for row in result["extraction"] + result["training"]:
+        assert row["speedup"] > 0 and (row["nodes"] > 1 or row["speedup"] == 1)
+    assert {row["what"] for row in result["sensitivity"]} == {"extraction", "training"}
+    assert (tmp_path / "scale_model_quick.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_quick_costs_feed_simulation_and_prediction(packed_demo, tmp_path):
+    """Costs of a small set, with the other results as published."""
+    for path in RESULTS.glob("*.json"):
+        shutil.copy(path, tmp_path)
+    command = ["--quick", "--videos", str(packed_demo.parent / "videos"), "--data", str(packed_demo)]
+    assert scale_costs.main([*command, "--out", str(tmp_path / "scale_costs.json")]) == 0
+    costs = json.loads((tmp_path / "scale_costs.json").read_text())
+    assert {"stages", "startup", "videos", "bytes", "join", "index", "loader", "checkpoint"} <= set(costs)
+    assert np.average(costs["videos"]["pace"]) == pytest.approx(1, rel=0.2)
+    assert costs["index"]["bytes_per_frame"] == pytest.approx(16 + 2 * 28, rel=0.05)  # RGB_ENTRY and two FIELD_ENTRY
+    found = read_measured(tmp_path)
+    assert 0 < found.backward_bytes < found.frame_bytes
+
+    videos = ["--videos", str(packed_demo.parent / "videos"), "--clips", "3", "--from", str(tmp_path)]
+    out = ["--out", str(tmp_path / "check.json")]
+    assert scale_check.main(["predict", *videos, *out]) == 0
+    predicted = json.loads((tmp_path / "check.json").read_text())["rows"]
+    assert scale_check.main(["measure", *videos, *out, "--rounds", "1"]) == 0
+    checked = json.loads((tmp_path / "check.json").read_text())["rows"]
+    for before, after in zip(predicted, checked, strict=True):
+        assert after["predicted_s"] == before["predicted_s"]  # what was said before is not touched
+        assert after["error_pct"] == pytest.approx(
+            100 * (before["predicted_s"]["median"] / after["measured_s"]["median"] - 1)
+        )
