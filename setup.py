@@ -32,7 +32,7 @@ setup(
         "webdataset>=1.0,<2",
     ],
     extras_require={
-        "bench": ["psutil>=5.9,<8"],
+        "bench": ["psutil>=5.9,<8", "simpy>=4.1,<5"],
         "dev": [
             "two-stream[bench]",
             "pytest>=8,<10",

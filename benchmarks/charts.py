@@ -103,9 +103,54 @@ def scaling_chart(result: dict[str, Any]) -> Figure:
     return figure
 
 
+def scale_chart(result: dict[str, Any]) -> Figure:
+    """Simulated speed-up of extraction and of training input against the number of nodes, a panel each."""
+    figure = Figure(figsize=(9, 4.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for axes, lines, title in (
+        (left, _scale_lines(result["extraction"], _extraction_name), "extraction"),
+        (right, _scale_lines(result["training"], _training_name), "training input"),
+    ):
+        most = max(row["nodes"] for line in lines.values() for row in line)
+        axes.plot([1, most], [1, most], color="0.7", label="ideal")
+        for name, line in lines.items():
+            axes.plot([row["nodes"] for row in line], [row["speedup"] for row in line], ".-", label=name)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:.0f}")
+        axes.yaxis.set_major_formatter("{x:.3g}")
+        axes.set_xlabel("nodes")
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.legend(fontsize="x-small", loc="upper left")
+        axes.grid(alpha=0.3)
+    left.set_ylabel("speed-up to one node")
+    figure.suptitle("Simulated, not measured on more than one machine", x=0.01, ha="left", fontsize=11)
+    return figure
+
+
+def _scale_lines(rows: list[dict[str, Any]], name: Callable[[dict[str, Any]], str]) -> dict[str, list[dict[str, Any]]]:
+    """Name of a line -> its rows; those without a name are not drawn."""
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if called := name(row):
+            lines.setdefault(called, []).append(row)
+    return lines
+
+
+def _extraction_name(row: dict[str, Any]) -> str:
+    ways = {"driver": "", "shared": ", a file system for all"}
+    return f"{row['method']}, {row['set']}{ways[row['through']]}" if row["set"] in ("ucf101", "kinetics700") else ""
+
+
+def _training_name(row: dict[str, Any]) -> str:
+    more = (", bfloat16" if row["compression"] == "bfloat16" else "") + (f", k = {row['k']}" if row["k"] > 1 else "")
+    return f"{row['kind']}, {row['scaling']}, {row['card_gbit']:.0f} Gbit/s{more}"
+
+
 CHARTS: dict[str, Callable[[dict[str, Any]], Figure]] = {
     "loader_throughput": throughput_chart,
     "scaling": scaling_chart,
+    "scale_model": scale_chart,
 }
 
 
