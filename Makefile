@@ -51,6 +51,8 @@ bench: install       ## measure loader, training, scaling, flow; overwrite the p
 	$(BIN)/python benchmarks/train_step.py $(PUBLISH) $(DATA:%=--data %)
 	$(BIN)/python benchmarks/scaling.py --procs 1,2 $(PUBLISH) $(DATA:%=--data %)
 	$(BIN)/python benchmarks/flow_extraction.py $(PUBLISH) $(VIDEOS:%=--data %)
+	$(BIN)/python benchmarks/scale_costs.py $(PUBLISH) $(DATA:%=--data %) $(VIDEOS:%=--videos %)
+	$(BIN)/python benchmarks/scale_model.py $(PUBLISH)
 	$(BIN)/python benchmarks/readme.py
 
 clean:               ## remove .venv and what demo made

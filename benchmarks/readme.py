@@ -11,10 +11,19 @@ from typing import Any
 
 from common import RESULTS, ROOT, errors_in_a_line
 from promises import faults_table, fuzz_table, soak_table
+from scale_tables import (
+    scale_assumptions_table,
+    scale_check_table,
+    scale_costs_table,
+    scale_extraction_table,
+    scale_hours_table,
+    scale_limits_table,
+    scale_sets_table,
+    scale_training_table,
+)
+from spelling import UNKNOWN, digits, num_bytes
 
 from flow.command import Parser
-
-UNKNOWN = "–"
 
 
 def accuracy_short_table(result: dict[str, Any]) -> str:
@@ -271,23 +280,6 @@ def flow_choice_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def num_bytes(value: float | None) -> str:
-    """Bytes, in the largest decimal unit of which there is one."""
-    if value is None:
-        return UNKNOWN
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if value >= 0.9995 * factor:
-            return f"{digits(value / factor)} {unit}"
-    return f"{value:.0f} B"
-
-
-def digits(value: float | None) -> str:
-    """A number to two or three digits, or to its last before the point."""
-    if value is None:
-        return UNKNOWN
-    return f"{value:,.0f}" if value >= 99.5 else f"{value:.1f}" if value >= 0.95 else f"{value:.2g}"
-
-
 def disk_table(extraction: dict[str, Any], throughput: dict[str, Any]) -> str:
     """What UCF-101 would take: measured bytes of a field and of a frame, times its pairs of frames."""
     pairs = extraction["ucf101_pairs"]
@@ -336,6 +328,16 @@ PAGES: dict[str, Tables] = {
         "flow_accuracy": (["flow_accuracy"], flow_accuracy_table),
         "flow_extraction": (["flow_extraction"], flow_extraction_table),
         "flow_choice": (["flow_choice"], flow_choice_table),
+    },
+    "docs/scale.md": {
+        "scale_sets": (["scale_model"], scale_sets_table),
+        "scale_hours": (["scale_model"], scale_hours_table),
+        "scale_extraction": (["scale_model"], scale_extraction_table),
+        "scale_training": (["scale_model"], scale_training_table),
+        "scale_limits": (["scale_model"], scale_limits_table),
+        "scale_check": (["scale_check"], scale_check_table),
+        "scale_costs": (["scale_costs"], scale_costs_table),
+        "scale_assumptions": (["scale_model"], scale_assumptions_table),
     },
     "docs/troubleshooting.md": {"disk": (["flow_extraction", "loader_throughput"], disk_table)},
     "docs/reliability.md": {
