@@ -80,7 +80,7 @@ def _assumed(result: dict[str, Any], name: str) -> float:
 
 
 def _stops(row: dict[str, Any], most: int) -> str:
-    return f"{row['stops_at']} nodes" if row["stops_at"] else f"not up to {most}"
+    return str(row["stops_at"]) if row["stops_at"] else f"not up to {most}"
 
 
 def _by_nodes(rows: list[dict[str, Any]], keys: tuple[str, ...]) -> list[dict[int, dict[str, Any]]]:
@@ -103,9 +103,13 @@ def scale_extraction_table(result: dict[str, Any]) -> str:
         cells += [f"{last['speedup']:.1f}", f"{100 * last['slots_busy']:.0f} %", f"{100 * last['driver_busy']:.0f} %"]
         rows.append([*cells, _stops(last, most)])
     head = ["set", "flow", "fragments go to", "hours of 1 node", "of 16", "of 64", "speed-up of 64"]
-    head += ["cores busy then", "driver busy then", "stops scaling at"]
+    head += ["cores busy then", "driver busy then", "stops scaling at nodes"]
     chart = "![simulated speed-up against the number of nodes](../benchmarks/results/scale_model.png)\n\n"
-    return chart + _table(head, rows)
+    note = (
+        f"\n\nThe hours are those of the whole set. Simulated is a stretch of {result['config']['videos']:,} videos at "
+        "most, and cores and driver are as busy as in that, its beginning and its last videos included."
+    )
+    return chart + _table(head, rows) + note
 
 
 def scale_training_table(result: dict[str, Any]) -> str:
@@ -120,7 +124,7 @@ def scale_training_table(result: dict[str, Any]) -> str:
         wait, sent = (100 * last[key] / last["step_s"] for key in ("data_wait_s", "communication_s"))
         rows.append([*cells, f"{last['speedup']:.1f}", f"{wait:.0f} %", f"{sent:.0f} %", _stops(last, most)])
     head = ["a node computes with", "scaling", "network", "k", "gradients", "stacks/s of 1 node", "of 8", "of 64"]
-    head += ["speed-up of 64", "waits for data then", "for gradients then", "stops scaling at"]
+    head += ["speed-up of 64", "waits for data then", "for gradients then", "stops scaling at nodes"]
     gpu, cores = result["node_rates"]["gpu"], _assumed(result, "cores")
     loads = {k: gpu[f"loads_k{k}"] for k in (1, 4, 8)}
     need = {k: cores * gpu["computes"] / rate for k, rate in loads.items()}
@@ -130,6 +134,8 @@ def scale_training_table(result: dict[str, Any]) -> str:
         f"stacks/s. {cores:.0f} cores load {given}, if they are as fast as each of two was: to keep up, the GPU needs "
         f"{', '.join(digits(n) for n in need.values())} cores."
     )
+    if not result["fetches_measured"]:
+        note += " How many nodes fetch a shard follows from geometry: the draw's statistics are not published yet."
     return _table(head, rows) + note
 
 
@@ -216,5 +222,5 @@ def scale_assumptions_table(result: dict[str, Any]) -> str:
         source = (
             row["source"] if row["checked"] or row["source"].startswith("assumed") else f"{row['source']} (from memory)"
         )
-        rows.append([f"`{row['name']}`", f"{row['value']:,.6g} {row['unit']}", source])
+        rows.append([f"`{row['name']}`", f"{row['value']:,.7g} {row['unit']}", source])
     return _table(["", "value", "source"], rows)
