@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -20,15 +21,17 @@ Rows = list[dict[str, Any]]
 
 
 def add_speedup(rows: Rows, keys: tuple[str, ...], rate: Callable[[Any], float]) -> Rows:
-    """Rows with their "speedup" to one node of the same keys, and "stops_at": the nodes whose doubling is the first
-    that is not worth it, or None if every one is."""
+    """Rows with their "speedup" to one node of the same keys, and "stops_at": the fewest nodes from which on no
+    doubling is worth it, or None if the last one is."""
     groups: dict[Any, Rows] = {}
     for row in rows:
         groups.setdefault(tuple(row[key] for key in keys), []).append(row)
     for group in groups.values():
         rates = [rate(row) for row in group]
-        steps = zip(group, rates, rates[1:], strict=False)
-        stops = next((row["nodes"] for row, own, doubled in steps if doubled < WORTH * own), None)
+        worth = [doubled >= WORTH * own for own, doubled in pairwise(rates)]
+        stops = group[max((i + 1 for i, good in enumerate(worth) if good), default=0)]["nodes"]
+        if worth and worth[-1]:
+            stops = None
         for row, own in zip(group, rates, strict=True):
             row |= {"speedup": own / rates[0], "stops_at": stops}
     return rows

@@ -228,7 +228,7 @@ def find_bottlenecks(measured: Measured, counts: list[int], num_videos: int, ste
             found = sensitivity(lambda f, w=work, c=cluster: extraction_rate(w, c, f), EXTRACTION_INPUTS)
             rows.append({"what": "extraction", "case": method, "nodes": nodes, **found})
     for scaling in ("weak", "strong"):
-        for nodes in counts:
+        for nodes in sorted({*counts, 2}):  # the first that send gradients
             training = training_of(measured, nodes, scaling=scaling)
             found = sensitivity(lambda f, t=training: training_rate(t, steps, f), TRAINING_INPUTS)
             rows.append({"what": "training", "case": scaling, "nodes": nodes, **found})

@@ -231,12 +231,12 @@ def test_the_bottleneck_is_the_input_that_gains_most():
 
 
 def test_scaling_stops_where_doubling_is_not_worth_it():
-    rows = [
-        {"of": of, "nodes": n, "rate": min(n, most)} for of, most in (("x", 6), ("y", 99)) for n in (1, 2, 4, 8, 16)
-    ]
+    rates = {"full": [1, 2, 4, 6, 6], "dips": [4, 2, 4, 8, 16], "falls": [4, 3, 2, 2, 2], "never": [1, 2, 4, 8, 16]}
+    rows = [{"of": of, "nodes": 2**i, "rate": rate} for of, found in rates.items() for i, rate in enumerate(found)]
     add_speedup(rows, ("of",), lambda row: row["rate"])
-    assert {(row["of"], row["stops_at"]) for row in rows} == {("x", 8), ("y", None)}
-    assert [row["speedup"] for row in rows if row["of"] == "x"] == [1, 2, 4, 6, 6]
+    stops = {row["of"]: row["stops_at"] for row in rows}
+    assert stops == {"full": 8, "dips": None, "falls": 1, "never": None}
+    assert [row["speedup"] for row in rows if row["of"] == "dips"] == [1, 0.5, 1, 2, 4]
 
 
 # --- inputs and programs -----------------------------------------------------------------------------------------
