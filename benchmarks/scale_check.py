@@ -2,11 +2,13 @@
 
     python benchmarks/scale_check.py predict --videos DIR [--from DIR]
     python benchmarks/scale_check.py measure --videos DIR
+    python benchmarks/scale_check.py known --videos DIR [--from DIR]
 
 `predict` simulates `flow.pack` of some whole clips by 1 process and by one on every core, from scale_costs.json alone.
 `measure` packs these clips, rounds interleaved, and writes what it took beside what was predicted; a later commit than
 the prediction shows the order. Seconds by the clock tell also of whatever else ran; CPU seconds of the processes tell
-less of it.
+less of it. `known` adds the pack that flow_extraction.json has timed, of other clips and known before: no prediction,
+but measured while nothing else ran.
 """
 
 import argparse
@@ -92,30 +94,48 @@ def measure(clips: list[Path], rows: list[dict[str, Any]], rounds: int) -> list[
     return measured
 
 
+def compare_known(videos: Path, costs: dict[str, Any], extraction: dict[str, Any]) -> dict[str, Any]:
+    """The simulation of the pack in flow_extraction.json, and what that took."""
+    pack, config = extraction["pack"], extraction["config"]
+    clips = choose_clips(videos, config["pack_clips"])
+    row = next(row for row in predict(clips, costs) if row["processes"] == config["cores"])
+    error = 100 * (row["predicted_s"]["median"] / pack["pack_s"] - 1)
+    simulated = {"processes": row["processes"], "clips": len(clips), "simulated_s": row["predicted_s"]}
+    return {**simulated, "measured_s": pack["pack_s"], "error_pct": error}
+
+
 @errors_in_a_line()
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description="What a pack takes, predicted by the simulation, and measured.")
-    parser.add_argument("step", choices=["predict", "measure"], help="predict comes first")
+    parser.add_argument("step", choices=["predict", "measure", "known"], help="predict comes first")
     parser.add_argument("--videos", type=Path, required=True, metavar="DIR", help="folder of class folders of videos")
     parser.add_argument("--clips", type=int, default=16, metavar="N", help="that are packed (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="of measuring (default %(default)s)")
     parser.add_argument(
-        "--from", dest="results", type=Path, default=RESULTS, metavar="DIR", help="folder of scale_costs.json"
+        "--from", dest="results", type=Path, default=RESULTS, metavar="DIR", help="folder of other results"
     )
     add_out(parser, NAME)
     options: argparse.Namespace = parser.parse_args(argv)
     out = result_path(options.out, NAME)
     config: dict[str, Any] = {"clips": options.clips, "cores": default_num_workers(), "method": "dis"}
     clips = choose_clips(options.videos, options.clips)
+    content: dict[str, Any] = {}
+    costs, extraction = (
+        json.loads((options.results / f"{name}.json").read_text()) for name in ("scale_costs", "flow_extraction")
+    )
     if options.step == "predict":
-        rows = predict(clips, json.loads((options.results / "scale_costs.json").read_text()))
+        rows = predict(clips, costs)
+    elif options.step == "known":
+        earlier = json.loads(out.read_text())
+        config, rows = earlier["config"], earlier["rows"]
+        content = {"known": compare_known(options.videos, costs, extraction)}
     else:
         earlier = json.loads(out.read_text())
         if earlier["config"]["clips"] != options.clips:
             raise ValueError(f"--clips {options.clips}: {out} predicts {earlier['config']['clips']}. Predict it first.")
         config |= {"rounds": options.rounds, "load_average": os.getloadavg()[0], "predicted_at": earlier["commit"]}
         rows = measure(clips, [{k: row[k] for k in PREDICTED} for row in earlier["rows"]], options.rounds)
-    write_result(out, config, rows=rows)
+    write_result(out, config, rows=rows, **content)
     for row in rows:
         print(json.dumps(row))
     print(f"written to {out}")

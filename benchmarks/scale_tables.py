@@ -171,7 +171,14 @@ def scale_check_table(result: dict[str, Any]) -> str:
     busy = (
         "" if load is None else f" While it was measured, {load:.1f} processes on average wanted the machine's cores."
     )
-    return _table(head, rows) + f"\n\n`flow.pack` of {config['clips']} real clips on {config['cores']} cores.{busy}"
+    note = f"\n\n`flow.pack` of {config['clips']} real clips on {config['cores']} cores.{busy}"
+    if known := result.get("known"):
+        note += (
+            f" A pack of {known['clips']} clips by {known['processes']} processes, which was timed before on a quiet "
+            f"machine ([flow.md](flow.md#how-fast)), took {known['measured_s']:.1f} s; simulated: "
+            f"{known['simulated_s']['median']:.1f} s, {known['error_pct']:+.0f} %."
+        )
+    return _table(head, rows) + note
 
 
 def scale_costs_table(result: dict[str, Any]) -> str:

@@ -328,6 +328,8 @@ def test_quick_costs_feed_simulation_and_prediction(packed_demo, tmp_path):
     predicted = json.loads((tmp_path / "check.json").read_text())["rows"]
     assert scale_check.main(["measure", *videos, *out, "--rounds", "1"]) == 0
     checked = json.loads((tmp_path / "check.json").read_text())["rows"]
+    assert scale_check.main(["known", *videos, *out]) == 0
+    assert json.loads((tmp_path / "check.json").read_text())["rows"] == checked
     for before, after in zip(predicted, checked, strict=True):
         assert after["predicted_s"] == before["predicted_s"]  # what was said before is not touched
         assert after["error_pct"] == pytest.approx(
