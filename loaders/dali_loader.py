@@ -29,6 +29,7 @@ from loaders.reader import Reader
 from loaders.region import Patch, crops, largest_patch, reachable, stored_patch, whole_frames
 from loaders.request import Request, requests
 from loaders.rescale import settled, stored_sizes
+from loaders.shard_pool import pooled
 from loaders.source import SampleError, Source
 from loaders.trajectory import cut_view, stack_crops, stack_frames
 from loaders.views import VIEWS, enumerate_views, num_view_batches
@@ -318,6 +319,8 @@ def train_loader(
     timeout_s: float = 300.0,
     on_damage: str = "raise",
     max_damaged_pct: float = 1.0,
+    pool_shards: int = 0,
+    pool_steps: int = 4,
 ) -> DaliLoader:
     """Endless training batches; item s is this rank's slice of global batch start_step + s.
 
@@ -326,10 +329,11 @@ def train_loader(
     graph: overrides device, num_threads and decoder. timeout_s: longest wait for a batch's bytes.
     on_damage: "raise"; or "skip", which replaces a damaged sample by another draw of its class, logs and counts it, and
     raises when more than max_damaged_pct of the samples, counted from a thousand on, were replaced.
-    Raises ValueError if the ranks cannot share the batch, or no video fits.
+    pool_shards, pool_steps: samples are drawn from a moving part of the shards, see `shard_pool`; 0: from all.
+    Raises ValueError if the ranks cannot share the batch, no video fits, or the pool is too small for the classes.
     """
     spec = settled(spec, index, rows)
-    videos = population(index, rows, spec)
+    videos = pooled(population(index, rows, spec), index, pool_shards, pool_steps)
     check_batch_size(batch_size, world_size, spec)
     slots = slots or rank_slots(rank, world_size, batch_size)
     draws = slot_draws(videos, spec, seed=seed, batch_size=batch_size, slots=slots, start_step=start_step)

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from itertools import count
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -27,12 +28,17 @@ from loaders.batch import PCA_ALPHA_STD, StreamSpec
 from loaders.index import Index
 from loaders.rescale import check_crop, frame_sizes
 
+if TYPE_CHECKING:
+    from loaders.shard_pool import Pooled, ShardPool
+
 Ints = npt.NDArray[np.int64]
 
-#: Keeps apart under one seed: the draws of the two streams, the orders in which windows are used again, replacements.
+#: Keeps apart under one seed: the draws of the two streams, the orders in which windows are used again, replacements,
+#: the orders of shards.
 _STREAM_COUNTER = {"spatial": 0, "temporal": 1}
 _ORDER_COUNTER = 2
 _INSTEAD_COUNTER = {"spatial": 3, "temporal": 4}
+_SHARDS_COUNTER = 5
 
 #: Mean number of steps between two stacks of one window.
 SPREAD = 4
@@ -109,6 +115,7 @@ class Population:
     rows (num_videos,): rows of the index, class after class; class k has rows[start[k] : start[k + 1]].
     num_frames: of those rows. size (num_videos, 2): height and width of the frames that crops are drawn in.
     num_left_out: listed videos that are too short.
+    pool: which of them can be drawn at a step; None: all, always.
     """
 
     rows: Ints
@@ -116,6 +123,7 @@ class Population:
     num_frames: Ints
     size: Ints
     num_left_out: int
+    pool: "ShardPool | None" = None
 
 
 def population(index: Index, rows: Ints, spec: StreamSpec) -> Population:
@@ -166,6 +174,7 @@ def draw_batch(
     Each slot: a class, uniform over the classes; a video of it, uniform; tau, uniform over the starts that fit; a crop
     anywhere in the frame; mirrored with probability 1/2; colour weights. Simonyan & Zisserman 2014, sec. 5. With
     several stacks a window that holds for every slot alone; slots of one window share the video and lie near in time.
+    With a shuffle pool classes and videos are those of the pool, as `draw_pooled` says.
     draw_born: what is born in a step, remembered, for those who draw step after step.
 
     Raises ValueError if seed or step is negative, or the batch does not divide into windows.
@@ -197,8 +206,32 @@ def _draw_born(seed: int, birth: int, videos: Population, spec: StreamSpec, batc
     """All stacks of the windows born in a step: row q * k + j is stack j of window q."""
     num_windows = batch_size // spec.stacks_per_window
     generator = _generator(seed, birth, [0, 0, 0, _STREAM_COUNTER[spec.stream]])
-    label = _below(len(videos.start) - 1, num_windows, generator)
-    return _draw_windows(label, birth, np.arange(num_windows), videos, spec, generator)
+    if videos.pool is None:
+        chosen = _of_class(_below(len(videos.start) - 1, num_windows, generator), videos, generator)
+    else:
+        chosen = draw_pooled(videos.pool.at(seed, birth), num_windows, generator)
+    return _draw_windows(chosen, birth, np.arange(num_windows), videos, spec, generator)
+
+
+def draw_pooled(pooled: "Pooled", num_windows: int, generator: np.random.Generator) -> Ints:
+    """A video of the pool for each window, numbers in the population (num_windows,): window q is drawn from the q-th
+    of num_windows equal parts of the probability.
+
+        videos, shard after shard      a a b b b c d d d        each as wide as it is likely
+        parts of 4 windows             |...|...|...|...|        window 0 is of shard a or b, window 3 of shard d
+
+    Over the windows of a step that makes each class of the pool equally likely, and each video of a class in the pool,
+    for a video's shares of the parts add up to its probability. And a rank, whose windows follow one another, draws
+    from few shards: which ones does not change with what is drawn, as it would if windows drawn freely were sorted.
+    """
+    at = (np.arange(num_windows) + generator.random(num_windows)) / num_windows
+    found = np.searchsorted(pooled.upto, at, "right")
+    return pooled.video[np.minimum(found, len(pooled.video) - 1)]  # a rounded 1 is not below the last
+
+
+def draw_shard_order(seed: int, epoch: int, num_shards: int) -> Ints:
+    """The order in which the shards enter the pool in an epoch, which may be negative: a permutation (num_shards,)."""
+    return _generator(seed, epoch, [0, 0, 0, _SHARDS_COUNTER]).permutation(num_shards)
 
 
 def draw_instead(
@@ -208,12 +241,18 @@ def draw_instead(
 
     A pure function of its arguments. window: birth and number of the window, or step and slot of a sample that shares
     none. attempt: 1, or more if what was drawn instead is damaged too. video: row of the index, one of `videos`.
+    With a shuffle pool the other one is of the pool of the window's birth, or of all videos if it holds none.
     """
     birth, number = window
     generator = _generator(seed, birth, [0, attempt, number, _INSTEAD_COUNTER[spec.stream]])
     place = np.flatnonzero(videos.rows == video)[:1]  # a list may name a video twice
     label = np.searchsorted(videos.start, place, "right") - 1
-    return _draw_windows(label, birth, np.array([number]), videos, spec, generator)
+    others = np.empty(0, np.int64)
+    if videos.pool is not None:
+        pooled = videos.pool.at(seed, birth)
+        others = pooled.video[(pooled.label == label) & (videos.rows[pooled.video] != video)]
+    chosen = others[_below(len(others), 1, generator)] if len(others) else _of_class(label, videos, generator)
+    return _draw_windows(chosen, birth, np.array([number]), videos, spec, generator)
 
 
 def _generator(seed: int, birth: int, counter: list[int]) -> np.random.Generator:
@@ -226,14 +265,18 @@ def _below(bounds: Ints | int, size: int, generator: np.random.Generator) -> Int
     return (generator.random(size) * bounds).astype(np.int64)
 
 
+def _of_class(label: Ints, videos: Population, generator: np.random.Generator) -> Ints:
+    """A video, its number in the population, of each class in label (m,)."""
+    return videos.start[label] + _below(videos.start[label + 1] - videos.start[label], len(label), generator)
+
+
 def _draw_windows(
-    label: Ints, birth: int, number: Ints, videos: Population, spec: StreamSpec, generator: np.random.Generator
+    chosen: Ints, birth: int, number: Ints, videos: Population, spec: StreamSpec, generator: np.random.Generator
 ) -> Draw:
-    """The stacks of m windows, k each, of drawn videos. label (m,): class, as in `videos.start`; number (m,)."""
+    """The stacks of m windows, k each. chosen (m,): their videos, numbers in the population; number (m,)."""
     k = spec.stacks_per_window
-    chosen = videos.start[label] + _below(videos.start[label + 1] - videos.start[label], len(label), generator)
     num_starts = videos.num_frames[chosen] - spec.frames_needed + 1
-    tau = _below(num_starts, len(label), generator) + spec.frames_before
+    tau = _below(num_starts, len(chosen), generator) + spec.frames_before
     first = tau
     if k > 1:
         tau, first = _spread_taus(tau, num_starts, k, generator)

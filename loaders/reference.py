@@ -16,6 +16,7 @@ from loaders.draw import Draw, Ints, check_batch_size, population, rank_slots, s
 from loaders.index import Index
 from loaders.request import Request, requests
 from loaders.rescale import frame_sizes
+from loaders.shard_pool import pooled
 from loaders.source import Encoded, SampleError, Source
 from loaders.views import VIEWS, enumerate_views, num_view_batches, view_crop
 
@@ -185,6 +186,8 @@ def train_loader(
     device: str = "cpu",
     on_damage: str = "raise",
     max_damaged_pct: float = 1.0,
+    pool_shards: int = 0,
+    pool_steps: int = 4,
     **_: Any,
 ) -> ReferenceLoader:
     """As `dali_loader.train_loader`, computed on the CPU; its num_threads, decoder, graph and timeout_s are ignored.
@@ -197,7 +200,7 @@ def train_loader(
             "data.loader=reference with data.stacks_per_window > 1 cannot skip damage. Take data.loader=dali, or "
             "data.on_damage=raise."
         )
-    videos = population(index, rows, spec)
+    videos = pooled(population(index, rows, spec), index, pool_shards, pool_steps)
     check_batch_size(batch_size, world_size, spec)
     slots = slots or rank_slots(rank, world_size, batch_size)
     draws = slot_draws(videos, spec, seed=seed, batch_size=batch_size, slots=slots, start_step=start_step)

@@ -20,6 +20,7 @@ from loaders.draw import check_batch_size
 from loaders.index import Index
 from loaders.joint import JointLoader, Part, part_slots
 from loaders.rescale import check_crop
+from loaders.shard_pool import pooled
 from loaders.source import Source
 from nets.cnn_m import CNNM, output_px
 from train.checkpoint import (
@@ -39,7 +40,16 @@ from train.meter import GpuTimeline, Meter
 from train.model import LAST_LAYER, build_net, build_optimizer, check_init, compute_logits, start_from, stream_spec
 from train.schedule import learning_rate
 from train.settings import Config
-from train.tasks import Tasks, batch_shares, check_untouched, count_correct, open_tasks, samples_of_tasks, tasks_loss
+from train.tasks import (
+    Tasks,
+    batch_shares,
+    check_untouched,
+    count_correct,
+    open_tasks,
+    populations,
+    samples_of_tasks,
+    tasks_loss,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +95,9 @@ def check_stream(config: Config, stream: str, index: Index, world_size: int, fol
         if data.test_list:
             check_crop(data.index, data.index.split(data.test_list), spec)
     batch_shares(tasks, config, stream, spec)
+    if config.data.pool_shards:
+        for data, videos in zip(tasks.sets, populations(tasks, spec), strict=True):
+            pooled(videos, data.index, config.data.pool_shards, config.data.pool_steps)
     init = config.stream(stream).init
     if init and not (folder and checkpoint_files(folder / CHECKPOINT)):
         if not Path(init).is_file():
@@ -229,6 +242,7 @@ def _train_loader(
     """The training batches of this rank, of one data set or several."""
     options = {"start_step": start_step, **loader_options(config, world)}
     options |= {"on_damage": config.data.on_damage, "max_damaged_pct": config.data.max_damaged_pct}
+    options |= {"pool_shards": config.data.pool_shards, "pool_steps": config.data.pool_steps}
     make, spec, seed = loader_module(config).train_loader, stream_spec(config, stream), config.train.seed
     if len(tasks.sets) == 1:
         (data,) = tasks.sets

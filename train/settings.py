@@ -66,6 +66,11 @@ class DataConfig:
     """Mirror half of the training samples."""
     stacks_per_window: int = 1
     """k: in temporal training, L + k - 1 fields are decoded once and give k stacks, in different batches."""
+    pool_shards: int = 0
+    """P: samples are drawn from a pool of so many shards that moves on through the set; for sets that a machine's cache
+    does not hold. 0: from all shards, always."""
+    pool_steps: int = 4
+    """S: with a pool, one of its shards is exchanged for the next every S steps."""
     decoder: Literal["auto", "cpu", "mixed", "shared"] = "auto"
     """Where JPEGs are decoded if there is a GPU; `auto` measures a few batches and takes the fastest that works."""
     num_threads: int | None = None
@@ -84,6 +89,8 @@ class DataConfig:
         require(self.rgb_frames in (1, 11), f"data.rgb_frames={self.rgb_frames}: 1, or 11, which slow fusion looks at.")
         require(self.crop_px >= 1, f"data.crop_px={self.crop_px} must be at least 1.")
         require(self.stacks_per_window >= 1, f"data.stacks_per_window={self.stacks_per_window} must be at least 1.")
+        require(self.pool_shards >= 0, f"data.pool_shards={self.pool_shards} must be at least 0, which is no pool.")
+        require(self.pool_steps >= 1, f"data.pool_steps={self.pool_steps} must be at least 1.")
         require(
             0 <= self.max_damaged_pct <= 100,
             f"data.max_damaged_pct={self.max_damaged_pct} is a percentage, from 0 to 100.",
