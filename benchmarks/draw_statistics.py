@@ -31,7 +31,7 @@ VIDEOS_PER_SHARD = 32
 WORLD_SIZES = [1, 2, 4, 8, 16, 64]
 #: Steps -> over how many stretches of so many, evenly apart in an epoch, the median is taken.
 STRETCHES = {100: 20, 1000: 10, 10_000: 3}
-#: Shards whose machines are counted, at most: one after the other, from an epoch's first.
+#: Shards whose machines are counted, at most.
 MAX_COUNTED = 4096
 
 
@@ -51,7 +51,7 @@ MADE_SETS = [
     MadeSet("Kinetics-700", 650_000, 700, 3.0),
     MadeSet("Sports-1M", 1_130_000, 487, 3.0),
 ]
-QUICK_SETS = [MadeSet("small", 640, 10, 2.0)]
+QUICK_SETS, QUICK_STRETCHES = [MadeSet("small", 640, 10, 2.0)], {100: 3}
 
 
 def make_table(made: MadeSet, videos_per_shard: int = VIDEOS_PER_SHARD) -> Table:
@@ -121,7 +121,7 @@ def distance(found: Floats, expected: Floats) -> dict[str, float]:
     return {"total_variation": total_variation, "largest_ratio": float(ratio.max()), "least_ratio": float(ratio.min())}
 
 
-def draw_row(pool: ShardPool, batch_size: int) -> dict[str, Any]:
+def draw_row(pool: ShardPool, batch_size: int, stretches: dict[int, int]) -> dict[str, Any]:
     """Distance of the draw to the paper's, over an epoch and over shorter times, and how many videos it shows."""
     table, steps = pool.table, pool.num_steps
     num_shards = len(table.shards)
@@ -135,7 +135,7 @@ def draw_row(pool: ShardPool, batch_size: int) -> dict[str, Any]:
         "epoch": {"classes": distance(epoch.label, label), "videos": distance(epoch.video, video)},
         "stretches": [],
     }
-    for length, count in STRETCHES.items():
+    for length, count in stretches.items():
         num_heads = -(-length // steps)
         starts = np.linspace(0, num_shards, count, endpoint=False).astype(np.int64)
         found = [average(pool, start + np.arange(num_heads), batch_size) for start in starts.tolist()]
@@ -172,9 +172,10 @@ def log_unfetched(pooled: Pooled, num_ranks: int, batch_size: int) -> tuple[Ints
     return np.searchsorted(ends, middle), part * num_ranks // batch_size, log_missed
 
 
-def fetch_rows(pool: ShardPool, batch_size: int) -> list[dict[str, Any]]:
+def fetch_rows(pool: ShardPool, batch_size: int, first: int = 0) -> list[dict[str, Any]]:
     """For each number of machines: how many of them fetch a shard during its stay in the pool, where each keeps what it
-    has fetched until it leaves the pool; and how many shards a machine holds then. Expected values."""
+    has fetched until it leaves the pool; and how many shards a machine holds then. Expected values, over the shards of
+    an epoch or MAX_COUNTED, from entry `first` of the sequence on."""
     num_shards, most = len(pool.table.shards), max(WORLD_SIZES)
     log_unseen = np.zeros((num_shards, most))  # so far in its stay, by rank
     sizes = [size for size in WORLD_SIZES if size <= pool.num_shards]
@@ -182,19 +183,19 @@ def fetch_rows(pool: ShardPool, batch_size: int) -> list[dict[str, Any]]:
     held: dict[int, list[Floats]] = {size: [] for size in sizes}
     number_of = {shard: number for number, shard in enumerate(pool.table.shards.tolist())}
     before: set[int] = set()
-    for head in range(-pool.num_shards, min(num_shards, MAX_COUNTED) + 1):
+    for head in range(first - pool.num_shards, first + min(num_shards, MAX_COUNTED) + 1):
         pooled = pool.at(SEED, head * pool.num_steps)
         numbers = np.array([number_of[shard] for shard in pooled.shards.tolist()])
         now = set(numbers.tolist())
         for gone in before - now:
-            if head > 0:
+            if head > first:
                 for size in sizes:
                     fetches[size].append(float(-np.expm1(_of_ranks(log_unseen[gone], size)).sum()))
             log_unseen[gone] = 0
         before = now
         shard, rank, log_missed = log_unfetched(pooled, most, batch_size)
         np.add.at(log_unseen, (numbers[shard], rank), pool.num_steps * log_missed)
-        if head >= 0 and head % max(1, pool.num_shards // 4) == 0:
+        if head >= first and head % max(1, pool.num_shards // 4) == 0:
             for size in sizes:
                 held[size].append(-np.expm1(_of_ranks(log_unseen[numbers], size)).sum(0))
     return [
@@ -216,14 +217,16 @@ def _of_ranks(logs: Floats, world_size: int) -> Floats:
 # --- the program ---------------------------------------------------------------------------------------------------
 
 
-def measure(name: str, table: Table, pools: list[int], batch_size: int, pool_steps: int) -> list[dict[str, Any]]:
+def measure(
+    name: str, table: Table, pools: list[int], batch_size: int, steps: int, quick: bool
+) -> list[dict[str, Any]]:
     """A row for each pool that is smaller than the set."""
-    rows = []
+    rows, stretches = [], QUICK_STRETCHES if quick else STRETCHES
     for num_shards in tqdm([p for p in pools if p < len(table.shards)], desc=name, unit="pool", disable=None):
-        pool = ShardPool(table, num_shards, pool_steps)
+        pool = ShardPool(table, num_shards, steps)
         row: dict[str, Any] = {"set": name, "videos": len(table.video), "classes": table.num_classes}
         row |= {"shards": len(table.shards), "pool_shards": num_shards, "batch_size": batch_size}
-        rows.append({**row, **draw_row(pool, batch_size), "machines": fetch_rows(pool, batch_size)})
+        rows.append({**row, **draw_row(pool, batch_size, stretches), "machines": fetch_rows(pool, batch_size)})
     return rows
 
 
@@ -243,7 +246,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = _real_rows(options) if options.data else []
     for made in QUICK_SETS if options.quick else MADE_SETS:
         pools = [4] if options.quick else [16, 64, 256, 1024]
-        rows += measure(made.name, make_table(made), pools, 256, options.pool_steps)
+        rows += measure(made.name, make_table(made), pools, 256, options.pool_steps, options.quick)
     config = {"seed": SEED, "pool_steps": options.pool_steps, "quick": options.quick}
     config |= {"videos_per_shard": VIDEOS_PER_SHARD, "unbalance": {made.name: made.unbalance for made in MADE_SETS}}
     write_result(out, config, rows=rows)
@@ -261,7 +264,7 @@ def _real_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
     _, label = np.unique(index.labels, return_inverse=True)
     table = Table.of(index.shard, label)
     name = f"{index.num_videos} clips of {index.metadata.get('name')}"
-    return measure(name, table, [4] if options.quick else [4, 8, 16], 64, options.pool_steps)
+    return measure(name, table, [4] if options.quick else [4, 8, 16], 64, options.pool_steps, options.quick)
 
 
 if __name__ == "__main__":
