@@ -32,7 +32,7 @@ WORLD_SIZES = [1, 2, 4, 8, 16, 64]
 #: Steps -> over how many stretches of so many, evenly apart in an epoch, the median is taken.
 STRETCHES = {100: 20, 1000: 10, 10_000: 3}
 #: Shards whose machines are counted, at most.
-MAX_COUNTED = 4096
+MAX_COUNTED = 2048
 
 
 @dataclass(frozen=True)
@@ -68,30 +68,35 @@ def make_table(made: MadeSet, videos_per_shard: int = VIDEOS_PER_SHARD) -> Table
 
 @dataclass(frozen=True)
 class Averages:
-    """Over some pools: probability of each video (n,) and class (K,) of a sample; logarithm of the probability that a
-    video is never drawn (n,); classes that a pool lacks, mean and most."""
+    """Over some pools: probability of each video (n,) and class (K,) of a sample; classes that a pool lacks, mean and
+    most."""
 
     video: Floats
     label: Floats
-    log_unseen: Floats
     absent_mean: float
     absent_most: int
 
 
-def average(pool: ShardPool, heads: Ints, batch_size: int) -> Averages:
+def average(pool: ShardPool, heads: Ints) -> Averages:
     """heads: first entries of the pools, each of which stays for the pool's steps."""
     table = pool.table
-    video, log_unseen = np.zeros(len(table.video)), np.zeros(len(table.video))
-    label, absent = np.zeros(table.num_classes), []
+    video, label, absent = np.zeros(len(table.video)), np.zeros(table.num_classes), []
     for head in heads.tolist():
         pooled = pool.at(SEED, head * pool.num_steps)
-        probability = np.diff(pooled.upto, prepend=0)
-        video[pooled.video] += probability
-        log_unseen[pooled.video] += pool.num_steps * log_not_drawn(pooled.upto, batch_size)
+        video[pooled.video] += np.diff(pooled.upto, prepend=0)
         there = np.bincount(pooled.label, minlength=table.num_classes) > 0
         label += there / there.sum()
         absent.append(int((~there).sum()))
-    return Averages(video / len(heads), label / len(heads), log_unseen, float(np.mean(absent)), max(absent))
+    return Averages(video / len(heads), label / len(heads), float(np.mean(absent)), max(absent))
+
+
+def different_videos(pool: ShardPool, heads: Ints, batch_size: int) -> float:
+    """Expected number of different videos that are drawn from some pools."""
+    log_unseen = np.zeros(len(pool.table.video))
+    for head in heads.tolist():
+        pooled = pool.at(SEED, head * pool.num_steps)
+        log_unseen[pooled.video] += pool.num_steps * log_not_drawn(pooled.upto, batch_size)
+    return float(-np.expm1(log_unseen).sum())
 
 
 def log_not_drawn(upto: Floats, num_windows: int) -> Floats:
@@ -126,7 +131,7 @@ def draw_row(pool: ShardPool, batch_size: int, stretches: dict[int, int]) -> dic
     table, steps = pool.table, pool.num_steps
     num_shards = len(table.shards)
     video, label = paper_draw(table)
-    epoch = average(pool, np.arange(num_shards), batch_size)
+    epoch = average(pool, np.arange(num_shards))
     row: dict[str, Any] = {
         "pool_videos": float(len(table.video) * pool.num_shards / num_shards),
         "epoch_steps": num_shards * steps,
@@ -138,8 +143,9 @@ def draw_row(pool: ShardPool, batch_size: int, stretches: dict[int, int]) -> dic
     for length, count in stretches.items():
         num_heads = -(-length // steps)
         starts = np.linspace(0, num_shards, count, endpoint=False).astype(np.int64)
-        found = [average(pool, start + np.arange(num_heads), batch_size) for start in starts.tolist()]
-        seen = np.median([-np.expm1(one.log_unseen).sum() for one in found])
+        heads = [start + np.arange(num_heads) for start in starts.tolist()]
+        found = [average(pool, own) for own in heads]
+        seen = np.median([different_videos(pool, own, batch_size) for own in heads])
         papers = -np.expm1(batch_size * num_heads * steps * np.log1p(-video)).sum()
         row["stretches"].append(
             {
@@ -243,11 +249,11 @@ def main(argv: list[str] | None = None) -> int:
     if options.pool_steps < 1:
         raise ValueError(f"--pool-steps {options.pool_steps}: expected at least 1.")
     out = result_path(options.out, "draw_statistics", quick=options.quick, partial=options.data is None)
-    rows = _real_rows(options) if options.data else []
+    rows, dataset = _real_rows(options) if options.data else ([], None)
     for made in QUICK_SETS if options.quick else MADE_SETS:
         pools = [4] if options.quick else [16, 64, 256, 1024]
         rows += measure(made.name, make_table(made), pools, 256, options.pool_steps, options.quick)
-    config = {"seed": SEED, "pool_steps": options.pool_steps, "quick": options.quick}
+    config = {"seed": SEED, "pool_steps": options.pool_steps, "quick": options.quick, "dataset": dataset}
     config |= {"videos_per_shard": VIDEOS_PER_SHARD, "unbalance": {made.name: made.unbalance for made in MADE_SETS}}
     write_result(out, config, rows=rows)
     for row in rows:
@@ -258,13 +264,14 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _real_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of a packed set, all its videos, in batches of 64."""
+def _real_rows(options: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
+    """Rows of a packed set, all its videos, in batches of 64; and its fingerprint."""
     index = open_index(options.data)
     _, label = np.unique(index.labels, return_inverse=True)
     table = Table.of(index.shard, label)
     name = f"{index.num_videos} clips of {index.metadata.get('name')}"
-    return measure(name, table, [4] if options.quick else [4, 8, 16], 64, options.pool_steps, options.quick)
+    pools = [4] if options.quick else [4, 8, 16]
+    return measure(name, table, pools, 64, options.pool_steps, options.quick), index.fingerprint
 
 
 if __name__ == "__main__":
