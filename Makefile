@@ -48,6 +48,7 @@ check: install       ## lint and type check
 bench: install       ## measure loader, training, scaling, flow; overwrite the published results and tables: DATA=packed set VIDEOS=folder of clips
 	$(BIN)/python benchmarks/loader_throughput.py $(PUBLISH) $(DATA:%=--data %)
 	$(BIN)/python benchmarks/footprint.py $(PUBLISH) $(DATA:%=--data %)
+	$(BIN)/python benchmarks/draw_statistics.py $(PUBLISH) $(DATA:%=--data %)
 	$(BIN)/python benchmarks/train_step.py $(PUBLISH) $(DATA:%=--data %)
 	$(BIN)/python benchmarks/scaling.py --procs 1,2 $(PUBLISH) $(DATA:%=--data %)
 	$(BIN)/python benchmarks/flow_extraction.py $(PUBLISH) $(VIDEOS:%=--data %)

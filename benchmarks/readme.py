@@ -280,6 +280,47 @@ def flow_choice_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def draw_statistics_table(result: dict[str, Any]) -> str:
+    """How far each pool's draw is from the paper's, and how many videos it shows; and what was assumed."""
+    lines = [
+        "| set | pool P | samples of a video and pass | classes absent | classes, over a pass | videos, over a pass "
+        "| largest, least ratio | different videos in 100, 1,000, 10,000 steps |",
+        "| --- |" + " --- |" * 7,
+    ]
+    for row in result["rows"]:
+        classes, videos = row["epoch"]["classes"], row["epoch"]["videos"]
+        seen = [f"{100 * stretch['different_videos']['ratio']:.0f}" for stretch in row["stretches"]]
+        cells = [row["set"], f"{row['pool_shards']} of {row['shards']:,}"]
+        cells += [digits(row["samples_per_video_and_epoch"]), _few(row["classes_absent"]["mean"])]
+        cells += [_few(classes["total_variation"]), f"{videos['total_variation']:.3f}"]
+        cells += [f"{videos['largest_ratio']:.2f}, {videos['least_ratio']:.2f}", f"{', '.join(seen)} %"]
+        lines.append(f"| {' | '.join(cells)} |")
+    sizes = dict.fromkeys((row["set"], row["videos"], row["classes"], row["batch_size"]) for row in result["rows"])
+    told = [f"{name}: {videos:,} videos, {classes} classes, batches of {n}" for name, videos, classes, n in sizes]
+    lines.append(f"\nS = {result['config']['pool_steps']}. {'; '.join(told)}.")
+    return "\n".join(lines)
+
+
+def _few(value: float) -> str:
+    """A figure that may be nothing but rounding."""
+    return "0" if value < 1e-6 else digits(value)
+
+
+def pool_machines_table(result: dict[str, Any]) -> str:
+    """How many machines fetch a shard, and what part of the pool each holds, by the number of machines."""
+    sizes = sorted({machines["world_size"] for row in result["rows"] for machines in row["machines"]} - {1})
+    heads = [f"W = {size}" for size in sizes]
+    lines = [f"| set | pool P | {' | '.join(heads)} |", "| --- |" + " --- |" * (len(sizes) + 1)]
+    for row in result["rows"]:
+        found = {machines["world_size"]: machines for machines in row["machines"]}
+        cells = [row["set"], str(row["pool_shards"])]
+        for size in sizes:
+            own = found.get(size)
+            cells.append(f"{own['fetches_per_shard']:.2f}, {own['held_pct']:.1f} %" if own else UNKNOWN)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def disk_table(extraction: dict[str, Any], throughput: dict[str, Any]) -> str:
     """What UCF-101 would take: measured bytes of a field and of a frame, times its pairs of frames."""
     pairs = extraction["ucf101_pairs"]
@@ -320,6 +361,8 @@ PAGES: dict[str, Tables] = {
     "docs/throughput.md": {
         "throughput": (["loader_throughput"], throughput_table),
         "windows": (["windows_accuracy"], windows_table),
+        "draw_statistics": (["draw_statistics"], draw_statistics_table),
+        "pool_machines": (["draw_statistics"], pool_machines_table),
         "footprint": (["footprint"], footprint_table),
         "train_step": (["train_step"], train_step_table),
     },

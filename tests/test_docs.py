@@ -110,6 +110,7 @@ ADDED = {
     "flow.images": ["--size", "48"],
     "train.launch": _TINY,
     "train.experiments run": ["--results", "experiments/results_full.json", "--splits", "1", "--set", *_TINY],
+    "benchmarks/draw_statistics.py": ["--quick"],
     "benchmarks/accuracy.py": ["--splits", "1", "--seeds", "0", "--out", ".", *_TINY],
 }
 
