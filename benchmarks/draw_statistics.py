@@ -20,7 +20,7 @@ import numpy as np  # isort: skip
 import numpy.typing as npt
 from tqdm import tqdm
 
-from flow.command import Parser
+from flow.command import Parser, say
 from loaders.draw import Ints
 from loaders.index import open_index
 from loaders.shard_pool import Pooled, ShardPool, Table
@@ -28,6 +28,7 @@ from loaders.shard_pool import Pooled, ShardPool, Table
 Floats = npt.NDArray[np.float64]
 SEED = 0
 VIDEOS_PER_SHARD = 32
+POOLS = [16, 64, 256, 1024]
 WORLD_SIZES = [1, 2, 4, 8, 16, 64]
 #: Steps -> over how many stretches of so many, evenly apart in an epoch, the median is taken.
 STRETCHES = {100: 20, 1000: 10, 10_000: 3}
@@ -232,7 +233,10 @@ def measure(
         pool = ShardPool(table, num_shards, steps)
         row: dict[str, Any] = {"set": name, "videos": len(table.video), "classes": table.num_classes}
         row |= {"shards": len(table.shards), "pool_shards": num_shards, "batch_size": batch_size}
-        rows.append({**row, **draw_row(pool, batch_size, stretches), "machines": fetch_rows(pool, batch_size)})
+        row |= draw_row(pool, batch_size, stretches) | {"machines": fetch_rows(pool, batch_size)}
+        videos, absent = row["epoch"]["videos"]["total_variation"], row["classes_absent"]["mean"]
+        say(f"{name} pool={num_shards}  absent classes={absent:.3g}  videos over an epoch={videos:.3g}")
+        rows.append(row)
     return rows
 
 
@@ -243,23 +247,30 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--pool-steps", type=int, default=4, metavar="S", help="steps from exchange to exchange (default %(default)s)"
     )
+    parser.add_argument(
+        "--pools",
+        type=int,
+        nargs="+",
+        default=POOLS,
+        metavar="P",
+        help="shards of the made sets' pools (default: 16 to 1024)",
+    )
     parser.add_argument("--quick", action="store_true", help="one small set: does it run?")
     add_out(parser, "draw_statistics")
     options = parser.parse_args(argv)
     if options.pool_steps < 1:
         raise ValueError(f"--pool-steps {options.pool_steps}: expected at least 1.")
-    out = result_path(options.out, "draw_statistics", quick=options.quick, partial=options.data is None)
+    if min(options.pools) < 1:
+        raise ValueError(f"--pools {min(options.pools)}: expected at least 1 shard.")
+    partial = options.data is None or not set(POOLS) <= set(options.pools)
+    out = result_path(options.out, "draw_statistics", quick=options.quick, partial=partial)
     rows, dataset = _real_rows(options) if options.data else ([], None)
     for made in QUICK_SETS if options.quick else MADE_SETS:
-        pools = [4] if options.quick else [16, 64, 256, 1024]
+        pools = [4] if options.quick else options.pools
         rows += measure(made.name, make_table(made), pools, 256, options.pool_steps, options.quick)
     config = {"seed": SEED, "pool_steps": options.pool_steps, "quick": options.quick, "dataset": dataset}
     config |= {"videos_per_shard": VIDEOS_PER_SHARD, "unbalance": {made.name: made.unbalance for made in MADE_SETS}}
     write_result(out, config, rows=rows)
-    for row in rows:
-        videos = row["epoch"]["videos"]["total_variation"]
-        absent = row["classes_absent"]["mean"]
-        print(f"{row['set']} pool={row['pool_shards']}  absent classes={absent:.3g}  videos over an epoch={videos:.3g}")
     print(f"written to {out}")
     return 0
 
