@@ -1,12 +1,13 @@
 """How near is the draw from a shuffle pool to the paper's, and how many machines need a shard?
 
-    python benchmarks/draw_statistics.py [--data PACKED] [--pool-steps 4] [--quick] [--out DIR]
+    python benchmarks/draw_statistics.py [--data PACKED] [--pool-steps 4] [--pools 16 64] [--quick] [--out DIR]
 
 The paper draws a class uniformly, then a video of it (sec. 5). For pools of several sizes, the probability of every
 class and video, averaged over the pools of one epoch and over those of shorter times; how many different videos are
-drawn; how many machines fetch a shard while it is in the pool. Nothing is sampled: all follows from the pools' tables,
-which are those that training takes (seed 0). No file is read but the index of --data: the other sets are tables of
-labels and shards, made to the sizes of public sets, 32 videos a shard in a seeded shuffle, as `flow.pack` writes them.
+drawn; how many machines fetch a shard while it is in the pool. No sample is drawn: all follows from the tables of the
+pools that training takes (seed 0), or of every P/16-th of them. No file is read but the index of --data: the other sets
+are tables of labels and shards, made to the sizes of public sets, 32 videos a shard in a seeded shuffle, as `flow.pack`
+writes them.
 """
 
 import argparse
@@ -32,8 +33,10 @@ POOLS = [16, 64, 256, 1024]
 WORLD_SIZES = [1, 2, 4, 8, 16, 64]
 #: Steps -> over how many stretches of so many, evenly apart in an epoch, the median is taken.
 STRETCHES = {100: 20, 1000: 10, 10_000: 3}
+#: Of the pools that a shard is in, so many are looked at, evenly apart: one exchange more changes little.
+LOOKS = 16
 #: Shards whose machines are counted, at most.
-MAX_COUNTED = 2048
+MAX_COUNTED = 1024
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class Averages:
 
 
 def average(pool: ShardPool, heads: Ints) -> Averages:
-    """heads: first entries of the pools, each of which stays for the pool's steps."""
+    """heads: first entries of the pools, all equally long there."""
     table = pool.table
     video, label, absent = np.zeros(len(table.video)), np.zeros(table.num_classes), []
     for head in heads.tolist():
@@ -91,12 +94,12 @@ def average(pool: ShardPool, heads: Ints) -> Averages:
     return Averages(video / len(heads), label / len(heads), float(np.mean(absent)), max(absent))
 
 
-def different_videos(pool: ShardPool, heads: Ints, batch_size: int) -> float:
-    """Expected number of different videos that are drawn from some pools."""
+def different_videos(pool: ShardPool, heads: Ints, batch_size: int, stride: int = 1) -> float:
+    """Expected number of different videos that are drawn from some pools, each of which stands for `stride`."""
     log_unseen = np.zeros(len(pool.table.video))
     for head in heads.tolist():
         pooled = pool.at(SEED, head * pool.num_steps)
-        log_unseen[pooled.video] += pool.num_steps * log_not_drawn(pooled.upto, batch_size)
+        log_unseen[pooled.video] += stride * pool.num_steps * log_not_drawn(pooled.upto, batch_size)
     return float(-np.expm1(log_unseen).sum())
 
 
@@ -132,7 +135,7 @@ def draw_row(pool: ShardPool, batch_size: int, stretches: dict[int, int]) -> dic
     table, steps = pool.table, pool.num_steps
     num_shards = len(table.shards)
     video, label = paper_draw(table)
-    epoch = average(pool, np.arange(num_shards))
+    epoch = average(pool, np.arange(0, num_shards, max(1, pool.num_shards // LOOKS)))
     row: dict[str, Any] = {
         "pool_videos": float(len(table.video) * pool.num_shards / num_shards),
         "epoch_steps": num_shards * steps,
@@ -143,10 +146,11 @@ def draw_row(pool: ShardPool, batch_size: int, stretches: dict[int, int]) -> dic
     }
     for length, count in stretches.items():
         num_heads = -(-length // steps)
+        stride = max(1, min(pool.num_shards // LOOKS, num_heads // 25))
         starts = np.linspace(0, num_shards, count, endpoint=False).astype(np.int64)
-        heads = [start + np.arange(num_heads) for start in starts.tolist()]
+        heads = [start + np.arange(0, num_heads, stride) for start in starts.tolist()]
         found = [average(pool, own) for own in heads]
-        seen = np.median([different_videos(pool, own, batch_size) for own in heads])
+        seen = np.median([different_videos(pool, own, batch_size, stride) for own in heads])
         papers = -np.expm1(batch_size * num_heads * steps * np.log1p(-video)).sum()
         row["stretches"].append(
             {

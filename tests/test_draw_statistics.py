@@ -66,6 +66,17 @@ def test_as_many_different_videos_are_drawn_as_expected(pool, batches, num_heads
     assert np.mean(counts) == pytest.approx(expected, abs=4 * np.std(counts) / np.sqrt(len(counts)) + 0.5)
 
 
+def test_fewer_looks_tell_the_same():
+    """Of a pool of 64 shards every fourth exchange, as the program does, against every one."""
+    large = ShardPool(statistics.make_table(statistics.MadeSet("large", 5000, 20, 2.0), 20), 64, S)
+    every, some = (statistics.average(large, np.arange(0, 250, stride)) for stride in (1, 4))
+    video, _ = statistics.paper_draw(large.table)
+    far = [statistics.distance(one.video, video)["total_variation"] for one in (every, some)]
+    assert far[1] == pytest.approx(far[0], rel=0.05)
+    seen = [statistics.different_videos(large, np.arange(0, 100, stride), BATCH, stride) for stride in (1, 4)]
+    assert seen[1] == pytest.approx(seen[0], rel=0.01)
+
+
 def test_as_many_machines_fetch_a_shard_as_in_the_draws(pool, batches):
     """Each shard of the second epoch, from when it enters to when it leaves."""
     rows = {row["world_size"]: row["fetches_per_shard"] for row in statistics.fetch_rows(pool, BATCH, first=30)}
