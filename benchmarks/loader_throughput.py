@@ -9,6 +9,8 @@ differs, or fails, is left out with its error, the others go on, and the exit st
 
     ours_k1, _k4, _k8 this project's loader; k stacks from each decoded window of L+k-1 fields (temporal)
     ours_k1_cold      --cold: the same, the shards evicted from the page cache before every round
+    ours_k1_remote    --remote: the same, the set fetched from a web server of this machine, its cache warm
+    ours_k1_remote_cold   --remote: the cache emptied before every round
     torch_dataloader  torch's DataLoader over loose JPEG files, OpenCV, the best of --workers
     webdataset        the `webdataset` package over the shards, OpenCV, the best of --workers; a stack of each clip
                       read, so it reads far more than it decodes
@@ -53,6 +55,7 @@ from common import (
     write_result,
 )
 from row import Checked, Delivered, Job, Maker, Measured, RowError, RowProcess
+from served import served
 from tqdm import tqdm
 
 from flow.command import Parser
@@ -63,8 +66,9 @@ from loaders.source import Source
 
 PEERS = ("torch_dataloader", "webdataset", "dali_textbook")
 TEMPORAL_ONLY = ("ours_k4", "ours_k8")
+REMOTE = ("ours_k1_remote", "ours_k1_remote_cold")
 NAMES = (
-    *("ours_k1", *TEMPORAL_ONLY, "ours_k1_cold", *PEERS, "reference"),
+    *("ours_k1", *TEMPORAL_ONLY, "ours_k1_cold", *REMOTE, *PEERS, "reference"),
     *("ceiling_decode", "ceiling_region", "ceiling_read", "ceiling_write"),
 )
 
@@ -82,7 +86,7 @@ def plain(job: Job) -> Iterator[Delivered]:
 
 
 def _batches(module: Any, job: Job) -> Iterator[Delivered]:
-    index = open_index(job.root)
+    index = open_index(job.url or job.root, cache=job.cache)
     means = dict(seed=job.seed, batch_size=job.batch_size, device=job.device, num_threads=job.cores)
     with module.train_loader(index, index.split(job.split), job.spec, **means) as loader:
         for batch in loader:
@@ -97,6 +101,8 @@ def settings_of(name: str, job: Job, arguments: argparse.Namespace) -> tuple[Mak
     match name:
         case "ours_k1" | "ours_k1_cold":
             return ours, {"": replace(job, cold=name == "ours_k1_cold")}
+        case "ours_k1_remote" | "ours_k1_remote_cold":
+            return ours, {"": replace(job, url=arguments.url, cache=job.loose / name, cold=name.endswith("_cold"))}
         case "ours_k4" | "ours_k8":
             return ours, {"": replace(job, spec=replace(job.spec, stacks_per_window=int(name[-1])))}
         case "torch_dataloader":
@@ -267,6 +273,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--rows", nargs="+", choices=NAMES, metavar="NAME", help=f"of {', '.join(NAMES)} (default: all that fit)"
     )
     parser.add_argument("--cold", action="store_true", help="also ours_k1_cold; needs data larger than a round reads")
+    parser.add_argument("--remote", action="store_true", help="also ours_k1_remote and _cold, over HTTP on loopback")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="that loads (default %(default)s)")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="samples (default %(default)s)")
     add_crop_px(parser)
@@ -294,7 +301,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     partial |= arguments.crop_px != CROP_PX
     less = {"quick": arguments.quick, "generated": arguments.data is None, "partial": partial}
     arguments.out = result_path(arguments.out, "loader_throughput", **less)
-    arguments.rows = arguments.rows or [name for name in NAMES if arguments.cold or name != "ours_k1_cold"]
+    arguments.rows = arguments.rows or [
+        name
+        for name in NAMES
+        if (arguments.cold or name != "ours_k1_cold") and (arguments.remote or name not in REMOTE)
+    ]
     arguments.workers = arguments.workers or ([1] if arguments.quick else [1, 2, 3, 4])
     arguments.L = 10
     if arguments.quick:
@@ -311,11 +322,13 @@ def main(argv: list[str] | None = None) -> int:
     from charts import draw_chart  # here: every row's process imports this file
 
     table: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, ExitStack() as servers:
         folder = Path(temporary)
         root = arguments.data or demo_set(folder, 256 if not arguments.quick else 64)
         config = {key: value for key, value in vars(arguments).items() if not isinstance(value, Path)}
         config |= {"data": describe_data(open_index(root), arguments.data is None)}
+        if set(REMOTE) & set(arguments.rows):
+            arguments.url = servers.enter_context(served(root))
         for stream in arguments.streams:
             done = table
             for part in measure_stream(stream, folder, root, arguments):

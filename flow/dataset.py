@@ -14,7 +14,7 @@ from typing import Any
 from flow.codec import Codec
 from flow.command import folders_with, nearest_path
 from flow.shard import FORMAT_VERSION, MAX_CLASS_ID, ShardError, check_class_name
-from flow.untrusted import open_regular, read_json
+from flow.untrusted import open_regular, parse_json, read_bounded
 
 _SHA256 = re.compile("[0-9a-f]{64}")
 _FILE = re.compile(r"index\.bin|splits/[^./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]*\.txt")
@@ -28,7 +28,16 @@ def read_dataset(root: Path) -> dict[str, Any]:
     """
     path = root / "dataset.json"
     try:
-        dataset = read_json(path)
+        content = read_bounded(path)
+    except ValueError as error:
+        raise ShardError(_damaged(path, error)) from None
+    return parse_dataset(content, path)
+
+
+def parse_dataset(content: bytes, path: str | Path) -> dict[str, Any]:
+    """The same of a file's bytes; path: its name in messages."""
+    try:
+        dataset = parse_json(content)
         version = dataset["format_version"]
         check_classes(dataset["classes"])
         check_shards(dataset["shards"])
@@ -43,10 +52,10 @@ def read_dataset(root: Path) -> dict[str, Any]:
         if not whole:
             raise ValueError("a value is of another type than packers write")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ShardError(f"{path} is damaged: {error!r:.300}. Restore it from a copy, or pack the set again.") from None
+        raise ShardError(_damaged(path, error)) from None
     if version != FORMAT_VERSION:
         raise ValueError(
-            f"{root} has format version {version!r:.40}, this code reads {FORMAT_VERSION}. Pack the set again."
+            f"{path} has format version {version!r:.40}, this code reads {FORMAT_VERSION}. Pack the set again."
         )
     try:
         Codec.from_metadata(dataset["codec"])
@@ -55,8 +64,14 @@ def read_dataset(root: Path) -> dict[str, Any]:
     return dict(dataset)
 
 
+def _damaged(path: str | Path, error: Exception) -> str:
+    return f"{path} is damaged: {error!r:.300}. Restore it from a copy, or pack the set again."
+
+
 def no_packed_set(root: Path) -> str:
     """What to say of a folder without `dataset.json`: the packed set that may be meant, or how to make one."""
+    if re.match(r"(s3|https?):/", str(root)):  # a path has no two slashes
+        return f"{root}: a URL, where a folder is expected. Copy the packed set to this machine, and name its folder."
     if near := nearest_path(root):
         return f"{root} is no packed data set: it is not there.{near}"
     if inner := folders_with(root, "dataset.json"):
@@ -80,7 +95,8 @@ def check_classes(classes: Sequence[dict[str, Any]]) -> None:
 def check_shards(shards: Sequence[dict[str, Any]]) -> None:
     """Raise ValueError, TypeError or KeyError unless shards are as packers write them: no name leaves the folder."""
     for entry in shards:
-        if not re.fullmatch(r"shard-[0-9]{6,}\.tar", entry["name"]) or type(entry["bytes"]) is not int:
+        is_shard = re.fullmatch(r"shard-[0-9]{6,}\.tar", entry["name"])
+        if not is_shard or type(entry["bytes"]) is not int or entry["bytes"] < 0:
             raise ValueError(f"{entry!r:.200} describes no shard-000000.tar")
     _check_sorted([entry["name"] for entry in shards])
 

@@ -177,7 +177,9 @@ def _refusal(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, PermissionError) or status in _REFUSED:
         return f"access is refused ({_describe(error)}). Check the credentials, and what they may do"
-    if isinstance(error, ValueError | ImportError) or (status is not None and status not in _PASSING):
+    if isinstance(error, ImportError):
+        return str(error).rstrip(".")
+    if isinstance(error, ValueError) or (status is not None and status not in _PASSING):
         return f"{_describe(error)}. Check the URL"
     if type(error).__name__ == "NoCredentialsError":  # of botocore, which need not be here
         return "there are no credentials. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile"

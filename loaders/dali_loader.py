@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from loaders import pipeline as graphs
+from loaders.ahead import ahead
 from loaders.batch import Batch, StreamSpec
 from loaders.damage import Replacements, read_request
 from loaders.draw import Draw, Ints, check_batch_size, population, rank_slots, slot_draws
@@ -62,7 +63,7 @@ class DaliLoader:
         self._num_batches = num_batches
         self.num_left_out = num_left_out
         views = num_batches is not None
-        asked = requests(draws, self._spec, start_step, views)
+        asked = ahead(requests(draws, self._spec, start_step, views), source.index, source.ask)
         self._reader = Reader(source, asked, timeout_s=timeout_s, replacements=replacements)
         self._replacements = replacements
         self._batches: Iterator[Batch] = iter(())

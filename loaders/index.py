@@ -1,6 +1,7 @@
 """A packed data set, opened: videos, labels, splits, and where every member lies. Memory mapped, shared, read-only."""
 
 import hashlib
+import os
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -15,7 +16,9 @@ from flow.codec import Codec
 from flow.command import MAX_COMPARED, did_you_mean
 from flow.index import Arrays, decode_names, load_set
 from flow.shard import ShardError
+from flow.store import is_url
 from flow.untrusted import MAX_LIST_BYTES, read_bounded
+from loaders.cache import ShardCache, default_folder
 
 Ints = npt.NDArray[np.int64]
 
@@ -25,15 +28,24 @@ _CHUNK = 16_384
 class Index:
     """Tables of a packed data set.
 
-    root: its folder.                              metadata: content of dataset.json
+    location: its folder or URL.                   metadata: content of dataset.json
+    root: its folder; of a URL, that of its cache  cache: of a URL; else None
     classes: names, label k is classes[k].         codec: how components are encoded
     labels, num_frames, heights, widths: (num_videos,) int64; sizes in px
     shards, shard_bytes: file names and sizes.     entries: kind -> (num_rows,) RGB_ENTRY or FIELD_ENTRY
     first_row (num_videos,): frame t of video v is row first_row[v] + t of every kind
     """
 
-    def __init__(self, root: Path, metadata: dict[str, Any], header: dict[str, Any], arrays: Arrays):
-        self.root = root
+    def __init__(
+        self,
+        root: Path,
+        metadata: dict[str, Any],
+        header: dict[str, Any],
+        arrays: Arrays,
+        cache: ShardCache | None = None,
+    ):
+        self.root, self.cache = root, cache
+        self.location = cache.url if cache else str(root)
         self.metadata = metadata
         self.codec = Codec.from_metadata(metadata["codec"])
         self.classes: list[str] = [c["name"] for c in header["classes"]]
@@ -74,6 +86,15 @@ class Index:
         digests = "".join(shard["sha256"] for shard in self.metadata["shards"])
         return hashlib.sha256(digests.encode()).hexdigest()[:16]
 
+    def open_shard(self, number: int) -> int:
+        """Descriptor of a shard, to be closed. From a cache it is waited for, and the thread may hold no other one.
+
+        Raises OSError; of a cache as `ShardCache.open_file` does.
+        """
+        if self.cache:
+            return self.cache.open_file(self.shards[number])
+        return os.open(self.root / self.shards[number], os.O_RDONLY | os.O_CLOEXEC)
+
     def video_ids(self, rows: Iterable[int]) -> list[str]:
         """Ids of the videos in the given rows. Raises ShardError for one that no pack writes."""
         return decode_names(self._names, self._videos[np.fromiter(rows, np.int64)])
@@ -107,7 +128,7 @@ class Index:
                     remedy = f", which {file} lists. Correct the list, or pack the set again."
                 else:
                     remedy = f".{_nearest_video(name, ids) or ' Lists in splits/ name those that it holds.'}"
-                raise ValueError(f"{self.root} holds no video {shown!r}{remedy}")
+                raise ValueError(f"{self.location} holds no video {shown!r}{remedy}")
             rows[i] = found[0]
         return rows
 
@@ -124,7 +145,8 @@ class Index:
             return np.arange(self.num_videos)
         if name not in self.splits():
             near = did_you_mean(name, [*self.splits(), "all"])
-            raise ValueError(f"{self.root} has no list {name!r}; it has {', '.join(self.splits()) or 'none'}.{near}")
+            lists = ", ".join(self.splits()) or "none"
+            raise ValueError(f"{self.location} has no list {name!r}; it has {lists}.{near}")
         path = self.root / "splits" / f"{name}.txt"
         lines = read_bounded(path, MAX_LIST_BYTES)
         return self._rows_of(lines if lines.endswith(b"\n") else lines + b"\n" * bool(lines), f"splits/{path.name}")
@@ -183,12 +205,17 @@ def _chunks(count: int) -> Iterator[slice]:
     return (slice(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK))
 
 
-def open_index(root: str | Path) -> Index:
-    """Open a packed data set.
+def open_index(root: str | Path, *, cache: str | Path = "", cache_gb: float = 100.0) -> Index:
+    """Open a packed data set, in a folder or at a URL; see `flow.store`.
 
+    Args:
+        cache, cache_gb: of a URL, the folder that shards are cached in, empty for `cache.default_folder`, and the most
+            that all in it may take, 10^9 bytes.
     Raises ValueError if the folder is none or its encoding is not the one this code reads, and ShardError if metadata,
-    index and shards do not belong together.
+    index and shards do not belong together; for a URL as `ShardCache.open` too.
     """
+    if is_url(root):
+        return _open_cached(ShardCache.open(str(root), Path(cache or default_folder()), int(cache_gb * 1e9)))
     root = Path(root)
     metadata, header, arrays = load_set(root)
     for shard in metadata["shards"]:
@@ -200,3 +227,13 @@ def open_index(root: str | Path) -> Index:
                 "Restore the shard from a copy, or pack the set again."
             )
     return Index(root, metadata, header, arrays)
+
+
+def _open_cached(cache: ShardCache) -> Index:
+    """Open a cached set; an index that is damaged in the cache alone is fetched again."""
+    try:
+        return Index(cache.folder, *load_set(cache.folder), cache)
+    except ShardError as error:
+        if not cache.repair_index():
+            raise ShardError(f"{cache.url}: {error}") from None
+    return Index(cache.folder, *load_set(cache.folder), cache)

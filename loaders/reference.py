@@ -10,6 +10,7 @@ import torch
 
 from flow.codec import decode_component, decode_rgb
 from flow.fields import mirror_field, rescale_field, rescale_image, stack_trajectories, subtract_mean
+from loaders.ahead import ahead
 from loaders.batch import FLOW_SCALE, PCA_STD, PCA_VECTORS, RGB_MEAN, RGB_STD, Batch, StreamSpec
 from loaders.damage import Replacements, read_request
 from loaders.draw import Draw, Ints, check_batch_size, population, rank_slots, slot_draws
@@ -41,7 +42,8 @@ class ReferenceLoader:
         self._num_batches = num_batches
         self.num_left_out = num_left_out
         self._replacements = replacements
-        self._requests = requests(draws, self._spec, 0, views=True)  # each sample is read alone, also of a window
+        alone = requests(draws, self._spec, 0, views=True)  # each sample is read alone, also of a window
+        self._requests = ahead(alone, source.index, source.ask)
         self._request: Request | None = None
         self._batches: Iterator[Batch] = iter(())
 

@@ -5,12 +5,14 @@ coded size are compared with the index here; what is damaged becomes a SampleErr
 """
 
 import errno
+import logging
 import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -20,9 +22,12 @@ from flow.clips import damage
 from flow.codec import JPEG_END, MAX_SCANS, frame_header, max_jpeg_bytes, sound_ranges
 from flow.index import take_entries
 from flow.shard import CLIP_FRAMES, RGB_ENTRY, ShardError, member_name
+from loaders.ahead import Fetcher
 from loaders.batch import StreamSpec
 from loaders.index import Index, Ints
 from loaders.rescale import vector_scale
+
+logger = logging.getLogger(__name__)
 
 #: Of one thread.
 _MAX_OPEN_SHARDS = 128
@@ -71,7 +76,7 @@ class Source:
         missing = [kind for kind in needed if kind not in index.entries]
         if missing:
             raise ValueError(
-                f"{index.root} holds no {', '.join(missing)} members; it has {', '.join(index.entries)}. "
+                f"{index.location} holds no {', '.join(missing)} members; it has {', '.join(index.entries)}. "
                 f"The {spec.stream} stream needs {', '.join(needed)}: pack the videos again"
                 f"{' with --backward' if 'bdx' in missing else ''}."
             )
@@ -79,8 +84,8 @@ class Source:
         self.spec = spec
         if spec.follows_trajectories and (index.metadata.get("flow") or {}).get("camera"):
             raise ValueError(
-                f"{index.root} holds flow less the camera's motion: points cannot be followed through it (sec. 3.1). "
-                "Take data.stacking=flow, or pack the set without --camera."
+                f"{index.location} holds flow less the camera's motion: points cannot be followed through it (sec. "
+                "3.1). Take data.stacking=flow, or pack the set without --camera."
             )
         self._tables = [[index.entries[kind] for kind in kinds] for kinds in (spec.kinds, spec.backward_kinds)]
         ahead = np.arange(spec.window_steps)
@@ -91,6 +96,7 @@ class Source:
         self._buffers: list[bytearray] = []
         self._headers: dict[tuple[int, int, int], bytes] = {}
         self._waits: dict[int, _Read] = {}  # by thread
+        self._fetcher = Fetcher(index) if index.cache else None
         self._num_failures = 0
         self._stopped = False
 
@@ -131,33 +137,68 @@ class Source:
     def read(self, video: Ints, tau: Ints, steps: int) -> Encoded:
         """Read and check the members of runs: one contiguous read for each clip, and direction, that a run touches.
 
-        Raises SampleError for a damaged member, OSError for a file system that fails. Shards are opened again then.
+        Raises SampleError for a damaged member, OSError for a file system that fails. Shards are opened again then. A
+        shard that is damaged in its cache alone is fetched and read again.
         """
         if self._stopped:
             raise ValueError("This source was closed. Open another one.")
-        try:
-            return self._read_runs(video, tau, steps)
-        except (SampleError, OSError):
-            self._num_failures += 1
-            raise
+        repaired: set[int] = set()
+        while True:
+            try:
+                return self._read_runs(video, tau, steps)
+            except (SampleError, OSError) as error:
+                self._num_failures += 1
+                if not isinstance(error, SampleError) or not self._repair(video[list(error.runs)], repaired):
+                    raise
+
+    def _repair(self, video: Ints, repaired: set[int]) -> bool:
+        """Whether the shards of some videos were damaged in their cache, and are not among those repaired before."""
+        cache, found = self.index.cache, False
+        for shard in set(self.index.shard[video].tolist()) - repaired if cache else ():
+            repaired.add(shard)
+            name = self.index.shards[shard]
+            if cache and cache.repair(name):
+                logger.warning("%s/%s: its copy in the cache is damaged, and fetched again", cache.url, name)
+                found = True
+        return found
+
+    def ask(self, shards: list[int], *, now: bool = False) -> None:
+        """Tell that shards are needed, later or now; of a set in a folder they are there."""
+        if self._fetcher:
+            self._fetcher.ask(shards, now=now)
 
     def _read_runs(self, video: Ints, tau: Ints, steps: int) -> Encoded:
         entries = self.stored_entries(video, tau, steps)
         self._check_numbers(entries, video, tau)
         sizes = entries["size"].reshape(-1).astype(np.int64)
         self._check_sizes(sizes, video, tau, steps)
-        reads = list(self._reads(video, tau, steps, entries))
+        reads = sorted(self._reads(video, tau, steps, entries), key=lambda read: (read.shard, read.begin))
         longest = int(sizes.max(initial=0))
         buffer = self._buffer(len(sizes) * longest)
-        for read in reads:  # what is not in the system's cache is fetched many pieces at a time, ahead of need
-            with self._waiting(read) as file:
-                os.posix_fadvise(file, read.begin, read.end - read.begin, os.POSIX_FADV_WILLNEED)
-        at = 0
-        for read in reads:
-            self._read(read, buffer, at, longest)
-            at += read.entries.size * longest
+        kinds = len(self.spec.kinds)
+        for group in self._groups(reads):
+            try:
+                for read in group:  # what is not in the system's cache is fetched many pieces at a time, ahead of need
+                    with self._waiting(read) as file:
+                        os.posix_fadvise(file, read.begin, read.end - read.begin, os.POSIX_FADV_WILLNEED)
+                for read in group:
+                    self._read(read, buffer, (read.run * steps + read.step) * kinds * longest, longest)
+            finally:
+                if self._fetcher:
+                    self._close_own()
         rows = np.frombuffer(buffer, np.uint8, len(sizes) * longest).reshape(len(sizes), longest)
         return Encoded(rows, sizes, buffer)
+
+    def _groups(self, reads: list["_Read"]) -> Iterator[list["_Read"]]:
+        """Reads in groups, each of as many shards as may be open at a time.
+
+        Of a cache that is one: a thread that has to wait for a shard must keep none from being taken away.
+        """
+        shards = list(dict.fromkeys(read.shard for read in reads))
+        self.ask(shards[1:], now=True)
+        size = 1 if self._fetcher else _MAX_OPEN_SHARDS
+        group_of = {shard: i // size for i, shard in enumerate(shards)}
+        return (list(group) for _, group in groupby(reads, lambda read: group_of[read.shard]))
 
     def _check_numbers(self, entries: npt.NDArray[Any], video: Ints, tau: Ints) -> None:
         """Raise SampleError for a range or mean, px/frame, that no field has: what came of it would be no number."""
@@ -225,7 +266,9 @@ class Source:
     def waits(self) -> str:
         """What threads wait for now: shards and offsets, for messages."""
         reads = list(self._waits.values())
-        return ", ".join(f"{self.index.root / self.index.shards[read.shard]} at offset {read.begin}" for read in reads)
+        return ", ".join(
+            f"{self.index.location}/{self.index.shards[read.shard]} at offset {read.begin}" for read in reads
+        )
 
     def _read(self, read: "_Read", buffer: bytearray, at: int, longest: int) -> None:
         """Read the images of one piece to buffer[at:], one every `longest` bytes, and check them."""
@@ -308,22 +351,31 @@ class Source:
         files: OrderedDict[int, int] = self._own.files
         if self._own.num_failures != self._num_failures:  # a shard may have been put back: another file of its name
             self._own.num_failures = self._num_failures
-            while files:
-                os.close(files.popitem()[1])
+            self._close_own()
         if shard not in files:
             if len(files) >= _MAX_OPEN_SHARDS:
                 os.close(files.popitem(last=False)[1])
-            files[shard] = os.open(self.index.root / self.index.shards[shard], os.O_RDONLY | os.O_CLOEXEC)
+            files[shard] = self.index.open_shard(shard)
         files.move_to_end(shard)
         return files[shard]
+
+    def _close_own(self) -> None:
+        """Close this thread's shards."""
+        files: OrderedDict[int, int] | None = getattr(self._own, "files", None)
+        while files:
+            os.close(files.popitem()[1])
 
     def stop(self) -> None:
         """Begin no more reads."""
         self._stopped = True
+        if self._fetcher:
+            self._fetcher.stop()
 
     def close(self) -> None:
         """Close the shards. No thread may read any more."""
         self.stop()
+        if self._fetcher:
+            self._fetcher.close()
         for files in self._files:
             while files:
                 os.close(files.popitem()[1])

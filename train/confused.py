@@ -12,9 +12,11 @@ from flow.colors import flow_colors
 from flow.page import Block, Columns, Grid, Picture, Text
 from flow.untrusted import printable
 from flow.video import resize
-from loaders.index import Index, open_index
+from loaders.index import Index
 from train.flow_figures import read_fields, read_frames
 from train.results import Results
+from train.sets import open_set
+from train.settings import Config
 
 #: Smaller side of a thumbnail.
 SIDE_PX = 160
@@ -56,12 +58,14 @@ def worst_confused(results: Results, method: str, num: int = 12) -> list[Confuse
     ]
 
 
-def show_confused(videos: Sequence[Confused], root: str, fingerprint: str) -> list[Block]:
-    """Pictures of the videos, from the packed set `root` if it is the one of this fingerprint; else a table of them."""
+def show_confused(videos: Sequence[Confused], config: Config, fingerprint: str) -> list[Block]:
+    """Pictures of the videos, from the run's packed set if it is the one of this fingerprint; else a table."""
     try:
-        index = open_index(root)
+        index = open_set(config)
         if index.fingerprint != fingerprint:
-            raise ValueError(f"{root} holds another packed set, {index.fingerprint}, than the run's, {fingerprint}.")
+            raise ValueError(
+                f"{index.location} holds another packed set, {index.fingerprint}, than the run's, {fingerprint}."
+            )
     except (ValueError, OSError) as error:
         rows = [[v.true, f"{v.true_score:.2f}", v.predicted, f"{v.score:.2f}", printable(v.video_id)] for v in videos]
         return [

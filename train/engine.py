@@ -39,6 +39,7 @@ from train.log import TrainLog
 from train.meter import GpuTimeline, Meter
 from train.model import LAST_LAYER, build_net, build_optimizer, check_init, compute_logits, start_from, stream_spec
 from train.schedule import learning_rate
+from train.sets import check_cache, log_cached
 from train.settings import Config
 from train.tasks import (
     Tasks,
@@ -98,6 +99,7 @@ def check_stream(config: Config, stream: str, index: Index, world_size: int, fol
     if config.data.pool_shards:
         for data, videos in zip(tasks.sets, populations(tasks, spec), strict=True):
             pooled(videos, data.index, config.data.pool_shards, config.data.pool_steps)
+    check_cache([(data.index, data.rows) for data in tasks.sets], config.data.pool_shards)
     init = config.stream(stream).init
     if init and not (folder and checkpoint_files(folder / CHECKPOINT)):
         if not Path(init).is_file():
@@ -131,6 +133,8 @@ def train_stream(config: Config, stream: str, index: Index, folder: Path, world:
     path = folder / CHECKPOINT
     world.at(f"the {stream} net, its data and {path}")
     tasks = open_tasks(config, stream, index)
+    for data in tasks.sets:
+        log_cached(data.index, stream)
     shares = batch_shares(tasks, config, stream, stream_spec(config, stream))
     net = _begin(config, stream, tasks, world, resumed=bool(checkpoint_files(path)))
     optimizer = build_optimizer(net, config)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from flow.command import Parser, describe_error
 from loaders.batch import Batch
 from loaders.draw import Draw
-from loaders.index import Index, open_index
+from loaders.index import Index
 from loaders.views import VIEWS
 from train.checkpoint import load_checkpoint, load_state
 from train.config import read_config
@@ -33,6 +33,7 @@ from train.machines import Machines
 from train.model import build_net, compute_logits, stream_spec
 from train.report import leave_report
 from train.scores import Scores, read_scores, score_file, write_scores
+from train.sets import open_set
 from train.settings import Config
 from train.tasks import open_tasks
 
@@ -124,7 +125,7 @@ def score_videos(
     slot_of_row[rows] = np.arange(len(rows))
     loader = loader_module(config).view_loader(
         index,
-        rows,
+        rows[np.argsort(index.shard[rows], kind="stable")],  # a shard is read, or fetched, once
         stream_spec(config, stream),
         num_taus=num_taus,
         batch_size=config.eval.batch_size,
@@ -215,7 +216,7 @@ def main(arguments: list[str] | None = None) -> None:
         config = read_config(options.run / "config.yaml")
         machines = Machines.from_arguments(options)
         machines.check()
-        index = open_index(config.data.root)
+        index = open_set(config)
         for stream in config.train.streams:
             open_tasks(config, stream, index)
     except (ValueError, OSError) as error:
@@ -229,7 +230,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _evaluate(world: World, config: Config, run: Path, force: bool) -> None:
     """The work of one process of `main`."""
     logging.basicConfig(level=logging.INFO if world.is_main else logging.WARNING, format="%(message)s")
-    index = open_index(config.data.root)
+    index = open_set(config)
     for stream in config.train.streams:
         evaluate_stream(config, stream, index, run, world, force=force)
         if world.is_main:

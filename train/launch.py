@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 from flow.command import Parser, describe_error, wrap_words
-from loaders.index import open_index
 from train.config import config_names, differing_keys, read_config, resolve_config, short_hash, write_config
 from train.disk import writing
 from train.dist import ProcessFailedError, World, launch
@@ -25,6 +24,7 @@ from train.origin import NAME as ORIGIN
 from train.origin import write_origin
 from train.report import NAME as REPORT
 from train.report import leave_report
+from train.sets import open_set
 from train.settings import CHANGEABLE, STREAMS, Config
 
 
@@ -119,7 +119,7 @@ def _prepare(options: argparse.Namespace) -> tuple[Config, Machines, Path]:
             f"--resume never with --nodes {options.nodes}: a machine that comes again would delete what the others "
             "work on. Give another --run, or delete the folder first."
         )
-    index = open_index(config.data.root)
+    index = open_set(config)
     run = options.run or Path("runs") / f"{Path(options.config).stem}-{short_hash(config, CHANGEABLE)}"
     for stream in config.train.streams:
         for world_size in machines.world_sizes:
@@ -133,7 +133,7 @@ def _prepare(options: argparse.Namespace) -> tuple[Config, Machines, Path]:
 def _run(world: World, config: Config, run: Path) -> None:
     """The work of one process."""
     logging.basicConfig(level=logging.INFO if world.is_main else logging.WARNING, format="%(message)s")
-    index = open_index(config.data.root)
+    index = open_set(config)
     for stream in config.train.streams:
         train_stream(config, stream, index, run / stream, world)
     for stream in config.train.streams:

@@ -16,8 +16,9 @@ import numpy as np
 from flow.codec import Codec
 from flow.shard import check_class_name, write_json
 from flow.untrusted import read_json
-from loaders.index import Index, open_index
+from loaders.index import Index
 from train.provenance import describe
+from train.sets import open_set
 from train.settings import Config
 
 NAME = "run.json"
@@ -29,9 +30,9 @@ MAX_SIZE_PX = 4096
 class Origin:
     """The data set that a run was trained on.
 
-    fingerprint: of the packed bytes. root: the packed set's folder at that time. flow: method, parameters, library and
-    version; None for images. codec: as in `dataset.json`. size_px: smaller side of the frames; where files of another
-    tool were packed as they were, that of the median video.
+    fingerprint: of the packed bytes. root: the packed set's folder or URL at that time. flow: method, parameters,
+    library and version; None for images. codec: as in `dataset.json`. size_px: smaller side of the frames; where files
+    of another tool were packed as they were, that of the median video.
     """
 
     name: str | None
@@ -49,7 +50,7 @@ def origin_of(index: Index) -> Origin:
     return Origin(
         name=index.metadata.get("name"),
         fingerprint=index.fingerprint,
-        root=str(index.root),
+        root=index.location,
         classes=index.classes,
         flow=index.metadata.get("flow"),
         codec=index.codec.metadata(),
@@ -72,7 +73,7 @@ def read_origin(run: Path, config: Config) -> Origin:
     path = run / NAME
     if not path.exists():
         try:
-            return origin_of(open_index(config.data.root))
+            return origin_of(open_set(config))
         except (ValueError, OSError) as error:
             raise ValueError(f"{path} is missing, and so is the packed data set that would do: {error}") from None
     try:

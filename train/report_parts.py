@@ -238,7 +238,7 @@ def _worst(run: Path) -> list[Block]:
         f"{which}{plural(num_wrong, 'misclassified test video')}, worst first: by how far the predicted class is above "
         f"the true one in the scores of {printable(results.titles[method])}."
     )
-    return [Text(said), *show_confused(videos, config.data.root, results.dataset)]
+    return [Text(said), *show_confused(videos, config, results.dataset)]
 
 
 def _filters(run: Path) -> list[Block]:

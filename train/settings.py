@@ -12,6 +12,8 @@ from typing import Literal
 #: `on_damage` changes batches only where a sample is damaged: so a run that damage has ended can go on over it.
 CHANGEABLE = frozenset(
     {
+        "data.cache",
+        "data.cache_gb",
         "data.decoder",
         "data.max_damaged_pct",
         "data.num_threads",
@@ -38,7 +40,12 @@ class DataConfig:
     """Which samples, and what becomes of them on their way to the net."""
 
     root: str = "demo/packed"
-    """Folder of a packed data set, made by `python -m flow.pack`, or of images by `python -m flow.images`."""
+    """Folder of a packed data set, made by `python -m flow.pack`, or of images by `python -m flow.images`; or
+    where such a folder was copied to: s3://bucket/set, https://host/set."""
+    cache: str = ""
+    """Folder that keeps shards of sets that lie elsewhere; empty: two-stream in XDG_CACHE_HOME or in ~/.cache."""
+    cache_gb: float = 100.0
+    """Most that all in this folder may take, in 10**9 bytes."""
     split: str = "split1"
     """Official split: trains on splits/<split>_train.txt, tests on splits/<split>_test.txt."""
     train_list: str = ""
@@ -85,6 +92,7 @@ class DataConfig:
             self.size == "auto" or (self.size.isdecimal() and len(self.size) <= 4 and 1 <= int(self.size) <= 4096),
             f"data.size={self.size!r}: auto, the stored size, or the smaller side of the frames in px, such as 256.",
         )
+        require(self.cache_gb > 0, f"data.cache_gb={self.cache_gb} must be positive, in 10**9 bytes.")
         require(self.L >= 1, f"data.L={self.L} must be at least 1.")
         require(self.rgb_frames in (1, 11), f"data.rgb_frames={self.rgb_frames}: 1, or 11, which slow fusion looks at.")
         require(self.crop_px >= 1, f"data.crop_px={self.crop_px} must be at least 1.")
@@ -129,7 +137,7 @@ class StreamConfig:
     train_layers: Literal["all", "last"] = "all"
     """`last`: only the last (classification) layer learns (sec. 6)."""
     extra_roots: list[str] = field(default_factory=list)
-    """Folders of further packed data sets to train on."""
+    """Folders, or URLs, of further packed data sets to train on."""
     extra_lists: list[str] = field(default_factory=list)
     """The list of each to train on, such as `split1_train`, or `all`."""
     extra_as: Literal["tasks", "classes"] = "tasks"

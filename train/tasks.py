@@ -23,9 +23,10 @@ from flow.command import did_you_mean, nearest_path
 from flow.untrusted import MAX_JSON_BYTES, read_lines
 from loaders.batch import StreamSpec
 from loaders.draw import Population, population
-from loaders.index import Index, open_index
+from loaders.index import Index
 from loaders.joint import share_batch
 from train.config import CONFIG_FOLDER
+from train.sets import open_set
 from train.settings import Config
 
 Ints = npt.NDArray[np.int64]
@@ -82,7 +83,7 @@ def open_tasks(config: Config, stream: str, index: Index) -> Tasks:
     sets = [DataSet(index, rows, 0, np.arange(len(index.classes)), test_list)]
     num_outputs = [len(index.classes)]
     for root, name in zip(options.extra_roots, options.extra_lists, strict=True):
-        extra = open_index(root)
+        extra = open_set(config, root)
         rows = extra.split(name)
         if options.extra_as == "tasks":
             has_test = name.endswith("_train") and config.eval.num_taus
@@ -110,8 +111,8 @@ def check_untouched(data: DataSet, index: Index, rows: Ints) -> None:
         both = sorted(set(data.index.video_ids(test_rows)) & set(index.video_ids(rows)))
     if both:
         raise ValueError(
-            f"{len(both)} videos of {data.test_list}, as {both[0]}, are trained on too, in {index.root}: that is no "
-            "test. Take another training list, or eval.num_taus=0 for no test."
+            f"{len(both)} videos of {data.test_list}, as {both[0]}, are trained on too, in {index.location}: that is "
+            "no test. Take another training list, or eval.num_taus=0 for no test."
         )
 
 
@@ -122,7 +123,7 @@ def _added_classes(extra: Index, names: str, first: int) -> Ints:
     if unknown:
         near = did_you_mean(unknown[0], extra.classes)
         raise ValueError(
-            f"{extra.root} has no class {unknown[0]!r}, one of {len(unknown)} of {names!r} that it lacks. "
+            f"{extra.location} has no class {unknown[0]!r}, one of {len(unknown)} of {names!r} that it lacks. "
             f"Correct the list of classes to add, or leave it empty to add all.{near}"
         )
     label_map = np.full(len(extra.classes), -1)
