@@ -24,10 +24,10 @@ import numpy.typing as npt
 
 from flow.catalog import Catalog, Lists, match, read_lists, seeded_shards, split_by_folder
 from flow.codec import JPEG_END, Codec, coded_size, decode_component, decode_rgb, max_jpeg_bytes
+from flow.devices import make_engine
 from flow.flow_files import FlowDir, find_files, list_flow_dirs
 from flow.fragment import FragmentReport, Totals, fragment_file, reason
 from flow.index import load_index
-from flow.pool import default_num_workers
 from flow.publish import open_target
 from flow.resume import (
     MISSING_NAME,
@@ -56,6 +56,11 @@ class FlowDirTask:
     bound_px: float
     extra_field: str | None
 
+    @property
+    def inputs(self) -> list[Path]:
+        """What is read for it."""
+        return [folder for folder, _ in self.video.places]
+
 
 def pack_flow_dirs(
     flow_dir: Path,
@@ -71,12 +76,14 @@ def pack_flow_dirs(
     videos_per_shard: int = 32,
     num_workers: int | None = None,
     work: Path | None = None,
+    engine: str = "local",
+    ray_address: str | None = None,
 ) -> PackReport:
     """Pack folders of JPEGs, or go on with a pack that was stopped.
 
     codec: of a fixed range, and no quality. frames_dir: the frames' folder, if they do not lie with the fields.
     out, work, splits, dataset: as of `flow.pack.pack`. method: what the metadata call the method. extra_field: see
-    `flow.flow_files.find_files`.
+    `flow.flow_files.find_files`. engine, ray_address: see `flow.devices.make_engine`.
 
     Raises ValueError if the folders or the lists are unusable, no video could be packed, or `out` holds a pack with
     other settings or of other files. Bad videos are left out and reported.
@@ -103,13 +110,12 @@ def pack_flow_dirs(
         "videos_per_shard": videos_per_shard,
         "input_sha256": input_digest([[v.video_id, v.listing] for v in videos], catalog.splits),
     }
-    with open_target(out, work) as target:
+    with make_engine(engine, None, num_workers, None, ray_address) as processes, open_target(out, work) as target:
         was_complete = target.begin(settings)
         if not was_complete:
             shards = seeded_shards(videos, videos_per_shard, seed)
             make_task = partial(_task, catalog.official_ids, codec.bound_px, extra_field)
-            workers = num_workers or default_num_workers()
-            write_shards(shards, target, make_task, write_flow_dir, items_per_task=1, num_workers=workers, unit="video")
+            write_shards(shards, target, make_task, write_flow_dir, items_per_task=1, engine=processes, unit="video")
             write_lines(target.folder / MISSING_NAME, catalog.missing)
             summarise = partial(_summary, target.folder, catalog)
             finish(target, len(shards), settings, catalog.splits, summarise, unit="video")

@@ -10,6 +10,7 @@ it. On the CPU the thread would only take time from the other processes.
 """
 
 import os
+import secrets
 import time
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -59,6 +60,11 @@ class FragmentTask:
     fragment: Path
     recipe: Recipe
 
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        """What is read for it."""
+        return (self.path,)
+
 
 @dataclass
 class Totals:
@@ -102,8 +108,8 @@ class FragmentReport:
 @contextmanager
 def fragment_file(path: Path) -> Iterator[BinaryIO]:
     """A new file that gets its name when it is written; after an error there is none."""
-    # Of this process: another one may still be dying over the same items.
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    # Of this attempt: another one, of this machine or one given up for dead, may still be at the same items.
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "wb") as file:
             yield file

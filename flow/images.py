@@ -31,9 +31,10 @@ import numpy.typing as npt
 from flow.catalog import seeded_shards
 from flow.codec import Codec, decode_rgb
 from flow.command import Parser
+from flow.devices import Engine, add_engine, make_engine
 from flow.fragment import FragmentReport, Totals, encode_frame, fragment_file, reason
 from flow.image_sources import Source, read_sources
-from flow.pool import default_num_workers, interruptible
+from flow.pool import interruptible
 from flow.publish import add_target_options, announce, open_target
 from flow.resume import (
     BAD_NAME,
@@ -69,6 +70,11 @@ class ImagesTask:
     quality: int
     every: int | None
 
+    @property
+    def inputs(self) -> list[Path]:
+        """What is read for it: of tars each once."""
+        return sorted({source.path for source in self.sources})
+
 
 def pack_images(
     train: str,
@@ -83,13 +89,16 @@ def pack_images(
     per_shard: int | None = None,
     num_workers: int | None = None,
     work: Path | None = None,
+    engine: str = "local",
+    ray_address: str | None = None,
 ) -> PackReport:
     """Pack an image set, or go on with a pack that was stopped.
 
     train, val: what becomes the lists split1_train and split1_test; without val, `split_by_folder` makes both, of
     images or of whole videos. classes: file of class names, line k that of number k in tars, from 0; without it a class
     is named by its number. size_px: the smaller side of the images. every: distance of the frames taken from a video.
-    per_shard: images of a shard, or videos. out, work: as of `flow.pack.pack`.
+    per_shard: images of a shard, or videos. out, work: as of `flow.pack.pack`. engine, ray_address: see
+    `flow.devices.make_engine`.
 
     Raises ValueError if a source is unusable, nothing could be packed, or `out` holds a pack with other settings or of
     other images. Bad images are left out and reported.
@@ -114,10 +123,10 @@ def pack_images(
         "videos_per_shard": per_shard or (VIDEOS_PER_SHARD if videos else PER_SHARD),
         "input_sha256": input_digest([[s.video_id, s.num_bytes, s.class_name] for s in sources], splits),
     }
-    with open_target(out, work) as target:
+    with make_engine(engine, None, num_workers, None, ray_address) as processes, open_target(out, work) as target:
         was_complete = target.begin(settings)
         if not was_complete:
-            _pack(sources, splits, target, settings, num_workers or default_num_workers())
+            _pack(sources, splits, target, settings, processes)
         target.end()
     test_ids = set(splits["split1_test"])
     tested = {source.class_name for source in sources if source.video_id in test_ids}
@@ -125,7 +134,7 @@ def pack_images(
 
 
 def _pack(
-    sources: list[Source], splits: dict[str, list[str]], target: Target, settings: dict[str, Any], num_workers: int
+    sources: list[Source], splits: dict[str, list[str]], target: Target, settings: dict[str, Any], engine: Engine
 ) -> None:
     """The work of `pack_images`, once all is decided."""
     every = settings["every"]
@@ -137,7 +146,7 @@ def _pack(
         partial(ImagesTask, size_px=settings["size_px"], quality=settings["codec"]["quality"], every=every),
         write_images,
         items_per_task=PER_TASK if every is None else 1,
-        num_workers=num_workers,
+        engine=engine,
         unit=unit,
     )
     ids = {source.video_id for source in sources}
@@ -265,6 +274,7 @@ def _parser() -> argparse.ArgumentParser:
         "--every", type=int, metavar="N", help=f"distance of the frames taken from a video (default {EVERY})"
     )
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
+    add_engine(parser)
     parser.add_argument(
         "--per-shard",
         type=int,
@@ -299,6 +309,8 @@ def main(argv: list[str] | None = None) -> int:
                 per_shard=options.per_shard,
                 num_workers=options.workers,
                 work=options.work,
+                engine=options.engine,
+                ray_address=options.ray_address,
             )
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {explain(error, options.out)}", file=sys.stderr)

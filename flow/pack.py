@@ -16,7 +16,7 @@ from flow.camera import MODELS, camera_metadata
 from flow.catalog import LIST_READERS, Catalog, Video, read_catalog, seeded_shards
 from flow.codec import Codec
 from flow.command import Parser
-from flow.devices import count_gpus, count_workers, prove
+from flow.devices import add_engine, make_engine
 from flow.extract import DEFAULT_METHOD, FLOW_METHODS, GPU_METHODS, flow_method
 from flow.flow_dirs import EXTERNAL, describe_files, pack_flow_dirs
 from flow.fragment import FragmentTask, Recipe, Totals, write_fragment
@@ -54,6 +54,8 @@ def pack(
     num_workers: int | None = None,
     num_gpus: int | None = None,
     work: Path | None = None,
+    engine: str = "local",
+    ray_address: str | None = None,
 ) -> PackReport:
     """Pack a folder of videos (`Class/clip.avi`) into shards, or go on with a pack that was stopped.
 
@@ -63,9 +65,10 @@ def pack(
     num_gpus: how many to spread them over, by default all that are visible if the method can use one; 0: the CPU.
     out: a folder, or the URL of a store as text; work: the folder for what is not sent there yet, see
     `flow.publish.open_target`.
+    engine, ray_address: where the processes are, see `flow.devices.make_engine`.
 
-    The number of processes and GPUs is no setting of the pack: it may go on with another, but not on the CPU if it
-    began on GPUs, which round differently.
+    The engine, and the number of processes and GPUs, are no settings of the pack: it may go on with others, but not on
+    the CPU if it began on GPUs, which round differently.
 
     Raises ValueError if the folder or the lists are unusable, the method cannot compute flow with its parameters here,
     no video could be packed, or `out` holds a pack with other settings or of other videos; StoreError if the store
@@ -78,9 +81,8 @@ def pack(
         )
     catalog = read_catalog(videos, splits, dataset, seed)
     codec = codec or Codec()
-    num_gpus = count_gpus(method, num_gpus)
-    num_workers = count_workers(num_workers, num_gpus)
-    check = partial(prove, method, "cuda:0" if num_gpus else "cpu", parameters or {})
+    processes = make_engine(engine, method, num_workers, num_gpus, ray_address)
+    check = partial(processes.prove, parameters or {})
     # Before the folder is bound to them. OpenCV's methods with their own parameters need no proof.
     flow = check() if parameters or method in GPU_METHODS else flow_method(method).metadata()
     settings = {
@@ -93,17 +95,17 @@ def pack(
         "videos_per_shard": videos_per_shard,
         "input_sha256": input_digest([[v.video_id, v.path.stat().st_size] for v in catalog.videos], catalog.splits),
     }
-    with open_target(out, work) as target:
+    with processes, open_target(out, work) as target:
         was_complete = target.begin(settings)
         if not was_complete:
             shards = seeded_shards(catalog.videos, videos_per_shard, seed)
             write_shards(
                 shards,
                 target,
-                partial(_task, catalog, settings, parameters or {}, num_gpus),
+                partial(_task, catalog, settings, parameters or {}, processes.num_gpus),
                 write_fragment,
                 items_per_task=1,
-                num_workers=num_workers,
+                engine=processes,
                 unit="video",
                 check=check,
             )
@@ -209,6 +211,7 @@ def _parser() -> argparse.ArgumentParser:
         help="of the order in the shards, and of the split by folders (default %(default)s)",
     )
     both.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core, at most 8 a GPU)")
+    add_engine(both)
     both.add_argument("--skip-bad", action="store_true", help="exit 0 although some videos are bad")
     both.add_argument("--strict", action="store_true", help="exit 1 if listed videos are absent")
     return parser
@@ -280,6 +283,8 @@ def _pack_flow_dirs(options: argparse.Namespace, argv: list[str] | None) -> Pack
         videos_per_shard=options.videos_per_shard,
         num_workers=options.workers,
         work=options.work,
+        engine=options.engine,
+        ray_address=options.ray_address,
     )
 
 
@@ -304,6 +309,8 @@ def _pack_videos(options: argparse.Namespace) -> PackReport:
         num_workers=options.workers,
         num_gpus=options.gpus,
         work=options.work,
+        engine=options.engine,
+        ray_address=options.ray_address,
     )
 
 

@@ -32,9 +32,9 @@ from tqdm import tqdm
 from flow.catalog import Item
 from flow.command import describe_error
 from flow.dataset import describe_files
+from flow.devices import Engine
 from flow.fragment import FragmentReport, Totals, reason
 from flow.index import build_index, load_index, video_ids
-from flow.pool import run_pool
 from flow.shard import FORMAT_VERSION, commit_shard, shard_name, write_bytes, write_json
 from flow.untrusted import MAX_LIST_BYTES, parse_json, read_bounded
 
@@ -54,12 +54,17 @@ _DISK_ERRORS = {
 _DEATH = "ends the process that packs it: crashed in the decoder or the flow method, or killed"
 
 
-class _HasFragment(Protocol):
+class PackTask(Protocol):
+    """A run of items: where its fragment goes, and the files, or folders, that are read for it."""
+
     @property
     def fragment(self) -> Path: ...
 
+    @property
+    def inputs(self) -> Sequence[Path]: ...
 
-Task = TypeVar("Task", bound=_HasFragment)
+
+Task = TypeVar("Task", bound=PackTask)
 
 
 class Target:
@@ -276,11 +281,11 @@ def write_shards(
     write: Callable[[Task], FragmentReport],
     *,
     items_per_task: int,
-    num_workers: int,
+    engine: Engine,
     unit: str,
     check: Callable[[], object] | None = None,
 ) -> None:
-    """Write the shards that are not finished yet, in processes.
+    """Write the shards that are not finished yet, in the engine's processes.
 
     make_task(fragment, items): what `write`, a function of a module, needs to turn a run of up to items_per_task items
     into a fragment. If that ends its process, and does so again when it is repeated alone, the run's items are packed
@@ -301,7 +306,7 @@ def write_shards(
         while runs:
             tasks = (make_task(path, shards[number][at.start : at.stop]) for path, (number, at) in runs.items())
             crashed: dict[Path, tuple[int, range]] = {}
-            with closing(run_pool(write, tasks, num_workers, check and partial(_failed, check))) as results:
+            with closing(engine.run(write, tasks, check and partial(_failed, check))) as results:
                 for task, report in results:
                     number, places = runs[task.fragment]
                     report = report or FragmentReport(failure=_DEATH)

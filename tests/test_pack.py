@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from flow import fragment, pack, pool
+from flow import devices, fragment, pack, pool
 from flow.catalog import list_videos
 from flow.clips import read_clips
 from flow.codec import Codec, decode_component, decode_rgb
@@ -331,7 +331,7 @@ def test_a_machine_that_fails_costs_no_video(videos, tmp_path, monkeypatch, caps
         (root / video.class_name / video.path.name).symlink_to(video.path)
     with monkeypatch.context() as patch:
         patch.setattr(pack, "write_fragment", write_or_fail)
-        patch.setattr(pack, "prove", partial(raise_, ValueError("dis cannot compute flow on 'cuda:0': device lost")))
+        patch.setattr(devices, "prove", partial(raise_, ValueError("dis cannot compute flow on 'cuda:0': device lost")))
         assert run(root, out, "--workers", "1") == 2 and "device lost" in capsys.readouterr().err
     assert not (out / "dataset.json").exists()
     assert run(root, out) == 0 and json.loads((out / "dataset.json").read_text())["num_videos"] == 3
@@ -431,7 +431,7 @@ def test_gpus_are_those_that_are_visible_or_asked_for(monkeypatch):
     assert [count_gpus("brox", asked) for asked in (None, 0, 2, 3)] == [3, 0, 2, 3]
     assert [count_gpus("dis", asked) for asked in (None, 0)] == [0, 0]
     for asked in (-1, 4):
-        with pytest.raises(ValueError, match=f"gpus={asked}: torch sees 3"):
+        with pytest.raises(ValueError, match=f"gpus={asked}: torch sees 3 here"):
             count_gpus("brox", asked)
     monkeypatch.setattr("flow.devices.default_num_workers", lambda: 20)
     asked = [(None, 0), (None, 1), (None, 3), (None, 32), (5, 4)]
@@ -441,7 +441,7 @@ def test_gpus_are_those_that_are_visible_or_asked_for(monkeypatch):
 
 
 def test_every_gpu_has_a_process(videos, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(pack, "count_gpus", lambda *_: 4)
+    monkeypatch.setattr(devices, "count_gpus", lambda *_: 4)
     assert run(videos, tmp_path / "set", "--method", "brox", "--workers", "3") == 2
     assert "workers=3 for gpus=4: a process uses one GPU" in capsys.readouterr().err
 

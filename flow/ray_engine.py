@@ -1,0 +1,468 @@
+"""A pack's processes on a Ray cluster: one video is one task, on whichever node has a core free for it.
+
+    the command                                        nodes, which come and go
+    tasks  ->  twice as many as the cluster's cores  ->  write the fragment into the pack's folder, if they see it
+    shards <-  reports, and fragments of the others  <-  or send its bytes
+
+A fragment depends on its task only, so the shards are those of the local engine, whatever nodes do. What could make it
+differ is looked at with every task: the node's versions, a field that it computes, and the sizes of what it reads.
+
+Ray's own retries are turned off: after a lack of memory they have no end, and a death of the node counts as one of the
+task. A task whose process dies is tried again among the others, and, if that dies too, once all else is done, alone,
+in a process in which nothing was done before. Only if that dies as well is it lost. One whose node dies is tried again
+until it has outlived a handful of nodes.
+"""
+
+import hashlib
+import os
+import secrets
+import signal
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from importlib.metadata import PackageNotFoundError, version
+from itertools import chain, islice
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Any, NoReturn, Self, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from flow.devices import WORKERS_PER_GPU, count_gpus, prove
+from flow.extract import GPU_METHODS, flow_method, sample_pair
+from flow.fragment import fragment_file
+from flow.pool import default_num_workers, run_alone
+from flow.resume import PackTask
+from flow.video import import_cv2
+
+Task = TypeVar("Task", bound=PackTask)
+Result = TypeVar("Result")
+
+#: Longest wait until a signal is heard, and until nodes that came are given work.
+_POLL_S = 0.5
+_COUNT_NODES_S = 5.0
+#: Nodes that may die under a task before it is suspected, and again when it runs alone.
+_NODE_DEATHS = 5
+#: Wait after one: for so long the cluster may still send tasks to the dead node.
+_NODE_DEATH_S = 15.0
+
+
+class RayEngine:
+    """As `flow.devices.Engine`. The cluster is joined, or started, at the first work.
+
+    method: of flow, None if none is computed. num_workers: tasks at a time, by default as many as the cluster's cores.
+    num_gpus: GPUs of the cluster to compute on, by default all if the method can use one; a task takes an eighth of
+    one. address: of a cluster with a node on this machine; without it one is started here, of this machine alone.
+
+    Raises ImportError without Ray, ValueError for what the cluster cannot do.
+    """
+
+    def __init__(self, method: str | None, num_workers: int | None, num_gpus: int | None, address: str | None) -> None:
+        self._ray = _import_ray()
+        if address is not None and "://" in address:
+            raise ValueError(
+                f"ray_address={address!r}: expected HOST:PORT, or auto. Run the command on a node of the cluster, not "
+                "by way of Ray's client."
+            )
+        self._method, self._num_workers, self._address = method, num_workers, address
+        self._num_cpus, self._counted_s = 0.0, 0.0
+        self._joined = False
+        try:
+            self.num_gpus = count_gpus(method, num_gpus, self._count_gpus)
+        except BaseException:
+            self._leave()
+            raise
+
+    # --- the cluster ---------------------------------------------------------------------------------------------
+
+    def _join(self) -> None:
+        if self._joined:
+            return
+        # Of a cluster that is started here; that of another is its owner's affair.
+        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        own = (
+            {}
+            if self._address
+            else {"num_cpus": self._num_workers or default_num_workers(), "include_dashboard": False}
+        )
+        with _our_signals():
+            try:
+                self._joined = True
+                self._ray.init(
+                    address=self._address or "local",
+                    log_to_driver=False,
+                    logging_level="CRITICAL",
+                    **own,
+                )
+            except (ConnectionError, RuntimeError, ValueError) as error:
+                self._leave()
+                raise ValueError(
+                    f"ray_address={self._address!r}: no cluster can be joined: {_line(error)} Start one, with a "
+                    "node on this machine, by ray start."
+                ) from None
+        # max_calls: a process goes on to the next task, also one that has opened a GPU.
+        self._plain = self._ray.remote(num_cpus=1, max_retries=0, max_calls=0)(_work)
+        self._proof = self._ray.remote(num_cpus=1, max_retries=_NODE_DEATHS)(prove)
+
+    def _leave(self) -> None:
+        if self._joined:
+            self._joined = False
+            with _our_signals():
+                self._ray.shutdown()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._leave()
+
+    def _count_gpus(self) -> int:
+        self._join()
+        return int(self._ray.cluster_resources().get("GPU", 0))
+
+    def _num_at_once(self) -> int:
+        """Tasks to have submitted: twice what runs, so that no core waits for the next; with a cap exactly that."""
+        if not self._num_cpus or time.monotonic() - self._counted_s > _COUNT_NODES_S:
+            self._num_cpus = self._ray.cluster_resources().get("CPU", 0)
+            self._counted_s = time.monotonic()
+        most = [2 * max(1, int(self._num_cpus))]
+        if self.num_gpus:
+            most.append(WORKERS_PER_GPU * self.num_gpus)
+        return min(*most, self._num_workers or most[0])
+
+    def _options(self) -> dict[str, Any]:
+        return {"num_gpus": 1 / WORKERS_PER_GPU} if self.num_gpus else {}
+
+    # --- work ----------------------------------------------------------------------------------------------------
+
+    def prove(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
+        """Metadata of the method, once it has computed a field on a node. Raises ValueError."""
+        self._join()
+        try:
+            ref = self._proof.options(**self._options()).remote(self._method, self._device, dict(parameters))
+            metadata: dict[str, Any] = self._get(ref)
+            return metadata
+        except BaseException:
+            self._leave()
+            raise
+
+    @property
+    def _device(self) -> str:
+        return "cuda:0" if self.num_gpus else "cpu"  # Ray shows a task its own GPU only
+
+    def run(
+        self,
+        function: Callable[[Task], Result],
+        tasks: Iterable[Task],
+        on_error: Callable[[Task, RuntimeError], Result] | None = None,
+    ) -> Generator[tuple[Task, Result | None], None, None]:
+        """As `flow.pool.run_pool`. Raises ValueError if a node would not yield the same bytes, or reads other files."""
+        self._join()
+        identity = node_identity(self._cpu_method)
+        start = partial(self._start, function, _Token(), on_error is not None)
+        todo = iter(tasks)
+        running: dict[Any, _Attempt] = {}
+        waiting: list[_Attempt] = []
+        suspects: list[Task] = []
+        try:
+            while True:
+                again = [attempt for attempt in waiting if attempt.due_s <= time.monotonic()]
+                waiting = [attempt for attempt in waiting if attempt not in again]
+                fresh = islice(todo, max(0, self._num_at_once() - len(running) - len(again)))
+                for attempt in chain(again, map(_Attempt, fresh)):
+                    running[start(attempt.task)] = attempt
+                if not running and not waiting:
+                    break
+                for ref in self._ready(running):
+                    attempt = running.pop(ref)
+                    outcome = self._outcome(ref, attempt)
+                    if outcome is not None:
+                        yield attempt.task, self._accept(attempt.task, outcome, identity)
+                    elif attempt.num_crashes < 2 and attempt.num_node_deaths < _NODE_DEATHS:
+                        waiting.append(attempt)
+                    else:
+                        suspects.append(attempt.task)
+            for task in suspects:
+                yield task, self._run_alone(partial(start, alone=True), task, identity, on_error)
+        finally:
+            for ref in running:
+                self._ray.cancel(ref, force=True)
+
+    @property
+    def _cpu_method(self) -> str | None:
+        """The method whose fields nodes must agree on; GPUs are left out."""
+        return None if self.num_gpus else self._method
+
+    def _start(
+        self, function: Callable[[Task], Any], token: "_Token", fails: bool, task: Task, alone: bool = False
+    ) -> Any:
+        job = _Job(function, os.getcwd(), token.in_folder(task.fragment.parent), self._cpu_method, fails, alone)
+        return self._plain.options(**self._options()).remote(job, task)
+
+    def _ready(self, running: Mapping[Any, Any]) -> list[Any]:
+        """All that is done, once something is; perhaps nothing, after a while."""
+        if not running:
+            time.sleep(_POLL_S)
+            return []
+        done, _ = self._ray.wait(list(running), timeout=_POLL_S)
+        if done:
+            done, _ = self._ray.wait(list(running), num_returns=len(running), timeout=0)
+        return list(done)
+
+    def _outcome(self, ref: Any, attempt: "_Attempt") -> "_Outcome | None":
+        """What a task returned; None, which is noted, if its process or node died."""
+        exceptions = self._ray.exceptions
+        try:
+            outcome: _Outcome = self._get(ref)
+        except (exceptions.WorkerCrashedError, exceptions.OutOfMemoryError):
+            attempt.num_crashes += 1
+        except (exceptions.NodeDiedError, exceptions.ObjectLostError):
+            attempt.num_node_deaths += 1
+            attempt.due_s = time.monotonic() + _NODE_DEATH_S
+        else:
+            return outcome
+        return None
+
+    def _get(self, ref: Any) -> Any:
+        """The result of a task. Raises what it raised."""
+        try:
+            return self._ray.get(ref)
+        except self._ray.exceptions.RayTaskError as error:
+            raise _import_failure(error) or error.cause or error from None
+
+    def _accept(self, task: Task, outcome: "_Outcome", identity: Mapping[str, str]) -> Any:
+        """The result, once it is sure that it is what it would be here; the fragment is in its place then."""
+        if outcome.identity != identity:
+            keys = sorted(
+                key for key in {*identity, *outcome.identity} if identity.get(key) != outcome.identity.get(key)
+            )
+            differing = "; ".join(f"{key} {outcome.identity.get(key)}, here {identity.get(key)}" for key in keys)
+            raise ValueError(
+                f"Node {outcome.node} would pack other bytes: {differing}. Install the same versions on every node, of "
+                "machines of one kind; the same command goes on."
+            )
+        for path, there, here in zip(task.inputs, outcome.sizes, _sizes(task), strict=True):
+            if there != here:
+                what = "does not see" if there is None else f"sees {there:,} bytes, and not {here:,}, in"
+                raise ValueError(
+                    f"Node {outcome.node} {what} {os.path.abspath(path)}. Every node needs the same files under the "
+                    "same path: mount the file system there; the same command goes on."
+                )
+        if outcome.content is not None:
+            with fragment_file(task.fragment) as file:
+                file.write(outcome.content.data)
+        elif outcome.num_bytes is not None and _size(task.fragment) != outcome.num_bytes:
+            raise OSError(
+                f"{task.fragment} has {_size(task.fragment)} bytes, and not the {outcome.num_bytes:,} that node "
+                f"{outcome.node} wrote. Is the file system the same on both? The same command goes on."
+            )
+        return outcome.result
+
+    def _run_alone(
+        self,
+        start: Callable[[Task], Any],
+        task: Task,
+        identity: Mapping[str, str],
+        on_error: Callable[[Task, RuntimeError], Result] | None,
+    ) -> Result | None:
+        attempt = _Attempt(task)
+        while not attempt.num_crashes and attempt.num_node_deaths < _NODE_DEATHS:
+            if attempt.due_s > time.monotonic():
+                time.sleep(_POLL_S)
+                continue
+            ref = start(task)
+            while not self._ready({ref: None}):
+                pass
+            outcome = self._outcome(ref, attempt)
+            if outcome is not None and outcome.error is not None and on_error is not None:
+                return on_error(task, outcome.error)
+            if outcome is not None:
+                result: Result | None = self._accept(task, outcome, identity)
+                return result
+        return None
+
+
+@dataclass(eq=False)
+class _Attempt:
+    """A task under way, what it has survived, and when it may start again, on the monotonic clock."""
+
+    task: Any
+    num_crashes: int = 0
+    num_node_deaths: int = 0
+    due_s: float = 0.0
+
+
+class _Token:
+    """A file in the folders of fragments that tells a node whether it sees them; not their path, which may be another
+    folder there."""
+
+    def __init__(self) -> None:
+        self._text = secrets.token_hex(16)
+        self._folders: set[Path] = set()
+
+    def in_folder(self, folder: Path) -> str:
+        if folder not in self._folders:
+            (folder / _TOKEN).write_text(self._text)
+            self._folders.add(folder)
+        return self._text
+
+
+_TOKEN = "token"
+
+
+@contextmanager
+def _our_signals() -> Generator[None, None, None]:
+    """Keep Ray from taking SIGTERM."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _import_ray() -> ModuleType:
+    try:
+        import ray
+    except ImportError:
+        raise ImportError("The engine ray needs Ray: pip install 'two-stream[ray]'.") from None
+    module: ModuleType = ray
+    return module
+
+
+def _line(error: BaseException) -> str:
+    """The first line of an error, which Ray's have many of, as a sentence."""
+    first = (str(error).strip().splitlines() or [repr(error)])[0]
+    return first if first.endswith(".") else f"{first}."
+
+
+def _import_failure(error: Any) -> ValueError | None:
+    """What to say if a node lacks this package."""
+    if not isinstance(error.cause, ImportError):
+        return None
+    return ValueError(f"Node {error.ip} lacks a package: {_line(error.cause)} Install two-stream on every node.")
+
+
+# --- on a node ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a task is given besides itself.
+
+    folder: that relative paths begin at. token: of the fragment's folder. method: whose field is compared, or None.
+    fails: a RuntimeError ends the process. alone: in a process of its own.
+    """
+
+    function: Callable[[Any], Any]
+    folder: str
+    token: str
+    method: str | None
+    fails: bool
+    alone: bool
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """node: for people. sizes: of what was read. num_bytes: of the fragment, None if there is none. content: the
+    fragment, if its folder is not seen there. error: a RuntimeError of a task that was alone."""
+
+    node: str
+    identity: dict[str, str]
+    sizes: list[int | None]
+    result: Any
+    num_bytes: int | None
+    content: npt.NDArray[np.uint8] | None
+    error: RuntimeError | None = None
+
+
+def _work(job: _Job, task: Any) -> _Outcome:
+    """Do one task on a node."""
+    with suppress(OSError):
+        os.chdir(job.folder)
+    identity, sizes = node_identity(job.method), _sizes(task)
+    if _sees(task.fragment.parent, job.token):
+        result, error = _call(job, task)
+        return _Outcome(_node(), identity, sizes, result, _size(task.fragment), None, error)
+    with tempfile.TemporaryDirectory(prefix="two-stream-") as scratch:
+        fragment = Path(scratch, task.fragment.name)
+        result, error = _call(job, replace(task, fragment=fragment))
+        content = np.fromfile(fragment, np.uint8) if fragment.exists() else None
+    return _Outcome(_node(), identity, sizes, result, None, content, error)
+
+
+def _call(job: _Job, task: Any) -> tuple[Any, RuntimeError | None]:
+    try:
+        return (run_alone(job.function, task) if job.alone else job.function(task)), None
+    except RuntimeError as error:
+        if not job.fails:
+            raise
+        if job.alone:
+            return None, error
+        _end_process()
+
+
+def _end_process() -> NoReturn:
+    """As if it had crashed: of a GPU's library it may be of no use afterwards, and the next task may not meet it."""
+    os._exit(1)
+
+
+def _sees(folder: Path, token: str) -> bool:
+    try:
+        return (folder / _TOKEN).read_text() == token
+    except (OSError, ValueError):
+        return False
+
+
+def _size(path: Path) -> int | None:
+    """Bytes of a file, 0 for a folder, None if it is not there."""
+    try:
+        return 0 if path.is_dir() else path.stat().st_size
+    except OSError:
+        return None
+
+
+def _sizes(task: PackTask) -> list[int | None]:
+    return [_size(path) for path in task.inputs]
+
+
+def _node() -> str:
+    """This node, for people."""
+    ray = _import_ray()
+    return f"{socket.gethostname()} ({ray.util.get_node_ip_address()}, {ray.get_runtime_context().get_node_id()[:8]})"
+
+
+@lru_cache
+def node_identity(method: str | None) -> dict[str, str]:
+    """What the bytes of a fragment depend on besides its task: the code, its libraries, and how this processor rounds.
+
+    method: of flow on the CPU, of which a field is compared; None: none is.
+    """
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    identity = {
+        "two-stream": hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12],
+        "opencv": import_cv2().__version__,
+        "numpy": np.__version__,
+    }
+    if method in GPU_METHODS:
+        identity["torch"] = _version("torch")
+    if method is not None:
+        identity[f"{method} field"] = hashlib.sha256(flow_method(method)(*sample_pair()).tobytes()).hexdigest()[:12]
+    return identity
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
