@@ -192,9 +192,10 @@ class RayEngine:
                         suspects.append(attempt.task)
             for task in suspects:
                 yield task, self._run_alone(partial(start, alone=True), task, identity, on_error)
-        finally:
-            for ref in running:
-                self._ray.cancel(ref, force=True)
+        except BaseException:
+            # This ends the tasks too. To cancel them first, by force, makes Ray 2.60 abort the command now and then.
+            self._leave()
+            raise
 
     @property
     def _cpu_method(self) -> str | None:

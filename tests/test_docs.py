@@ -36,7 +36,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 NAMES = [
     "README.md",
     *(f"docs/{name}.md" for name in ("accuracy", "own-data", "predict", "existing-flow", "flow", "several-gpus")),
-    *(f"docs/{name}.md" for name in ("several-machines", "remote", "throughput", "scale")),
+    *(f"docs/{name}.md" for name in ("several-machines", "packing-on-ray", "remote", "throughput", "scale")),
     *(f"docs/{name}.md" for name in ("troubleshooting", "reliability", "paper", "design")),
     *(path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "docs" / "experiments").glob("*.md"))),
     *("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"),
@@ -54,6 +54,8 @@ ELSEWHERE = {
     "python -m flow.pack --out s3://bucket/ucf101": "needs a bucket; tests/scale/test_publish.py has one",
     "python -m flow.publish packed s3://bucket/packed": "needs a bucket; tests/scale/test_publish.py has one",
     "nvidia-smi": "NVIDIA's, where there is a GPU",
+    "ray start": "Ray's, on several machines",
+    "python -m flow.pack --engine ray": "needs Ray: tests/scale/test_ray.py",
     "python -m pytest": "runs tests, as is done here",
     "ruff": "make check: run beside the tests",
     "mypy": "make check: run beside the tests",

@@ -110,6 +110,13 @@ def cluster(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def worker(cluster):
+    """A node with a core, from the first test that asks for it on."""
+    with cluster.node() as node:
+        yield node
+
+
+@pytest.fixture(scope="module")
 def videos(tmp_path_factory):
     """A dozen clips, real ones if there are some."""
     root = tmp_path_factory.mktemp("clips") / "videos"
@@ -161,45 +168,6 @@ def assert_equal(out, local):
     assert first == second and errors[0] == pytest.approx(errors[1])
 
 
-def test_a_node_that_is_killed_costs_nothing(cluster, videos, local, tmp_path):
-    with cluster.node() as stays, cluster.node() as dies:
-        process = run(cluster, videos, tmp_path / "set")
-        assert processes.wait_until(lambda: shards(tmp_path / "set") or process.poll() is not None)
-        assert processes.wait_until(lambda: dies.works() or process.poll() is not None)
-        dies.end(kill=True)
-        code, output = finish(process)
-        assert code == 0, output
-        assert stays.process.poll() is None and len(shards(tmp_path / "set")) == 0
-    assert_equal(tmp_path / "set", local)
-
-
-def test_stopped_and_gone_on_with_by_the_other_engine(cluster, videos, local, tmp_path):
-    with cluster.node() as node:
-        for stop, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)):
-            out = tmp_path / str(int(stop))
-            process = run(cluster, videos, out)
-            assert processes.wait_until(lambda out=out, process=process: shards(out) or process.poll() is not None)
-            before = {path: path.stat().st_mtime_ns for path in out.glob("shard-*.tar")}
-            os.kill(process.pid, stop)
-            found, output = finish(process)
-            assert found == code, output
-            if stop != signal.SIGKILL:
-                assert "Stopped. The same command goes on with the shards that are left.\n" in output
-            assert processes.wait_until(lambda: not node.works()), "a task outlives its pack"
-            assert before and node.process.poll() is None and not (out / "dataset.json").exists()
-            assert pack.main(arguments(videos, out)) == 0
-            assert_equal(out, local)
-            assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in before.items())
-        out = tmp_path / "local first"
-        process = processes.start("flow.pack", arguments(videos, out, "--workers", "1"))
-        assert processes.wait_until(lambda: shards(out) or process.poll() is not None)
-        process.kill()
-        finish(process)
-        code, output = finish(run(cluster, videos, out))
-        assert code == 0, output
-        assert_equal(out, local)
-
-
 def test_a_node_that_does_not_see_the_pack_sends_its_fragments(cluster, videos, local, tmp_path):
     (tmp_path / "seen").mkdir()
     with cluster.node(shadow=[tmp_path / "seen"]):
@@ -231,39 +199,6 @@ def test_a_node_with_other_code_is_named(cluster, videos, tmp_path):
     assert "would pack other bytes: two-stream" in process.stderr and os.uname().nodename in process.stderr
 
 
-def test_a_video_that_ends_its_process_is_bad_and_takes_no_other_along(cluster, videos, tmp_path, monkeypatch):
-    root = classes(videos, tmp_path / "videos")
-    monkeypatch.setattr(pack, "write_fragment", deadly.write_or_crash)
-    monkeypatch.chdir(ROOT)
-    with cluster.node():
-        assert pack.main(arguments(root, tmp_path / "ray", "--engine", "ray", "--ray-address", cluster.address)) == 1
-    for path in root.rglob("*.crashed"):
-        path.unlink()
-    assert pack.main(arguments(root, tmp_path / "local")) == 1
-    assert_equal(tmp_path / "ray", tmp_path / "local")
-    (bad,) = (tmp_path / "ray" / "bad_videos.txt").read_text().splitlines()
-    assert bad.startswith("Run/") and "ends the process that packs it" in bad
-
-
-def test_a_video_on_which_the_gpu_fails_is_tried_again_and_then_bad(cluster, videos, tmp_path, monkeypatch):
-    root = classes(videos, tmp_path / "videos")
-    monkeypatch.setattr(pack, "write_fragment", deadly.write_or_fail)
-    monkeypatch.chdir(ROOT)
-    with cluster.node():
-        assert pack.main(arguments(root, tmp_path / "set", "--engine", "ray", "--ray-address", cluster.address)) == 1
-    (bad,) = (tmp_path / "set" / "bad_videos.txt").read_text().splitlines()
-    failure = "RuntimeError: CUDA out of memory. Tried to allocate 2 GiB"
-    assert bad.startswith("Run/") and bad.endswith(f"fails, also when tried again alone: {failure}")
-
-
-def classes(videos, root):
-    """Four of the videos, in the classes that `tests.deadly` knows."""
-    for name, video in zip(("Run", "Sit", "Walk", "Walk"), list_videos(videos)[::3], strict=True):
-        (root / name).mkdir(parents=True, exist_ok=True)
-        shutil.copy(video.path, root / name / f"{video.class_name} {video.path.name}")
-    return root
-
-
 def test_a_task_sees_one_gpu_of_the_cluster_and_the_proof_runs_there(cluster, tmp_path, monkeypatch):
     """Ray is told of two GPUs that are not there."""
     monkeypatch.chdir(ROOT)
@@ -278,6 +213,75 @@ def test_a_task_sees_one_gpu_of_the_cluster_and_the_proof_runs_there(cluster, tm
             tasks = [GpuTask(tmp_path / str(number)) for number in range(8)]
             seen = {gpu for _, gpu in engine.run(deadly.tell_gpu, tasks)}
     assert seen and seen <= {"0", "1"}
+
+
+def test_a_video_that_ends_its_process_is_bad_and_takes_no_other_along(cluster, worker, videos, tmp_path, monkeypatch):
+    root = classes(videos, tmp_path / "videos")
+    monkeypatch.setattr(pack, "write_fragment", deadly.write_or_crash)
+    monkeypatch.chdir(ROOT)
+    assert pack.main(arguments(root, tmp_path / "ray", "--engine", "ray", "--ray-address", cluster.address)) == 1
+    for path in root.rglob("*.crashed"):
+        path.unlink()
+    assert pack.main(arguments(root, tmp_path / "local")) == 1
+    assert_equal(tmp_path / "ray", tmp_path / "local")
+    (bad,) = (tmp_path / "ray" / "bad_videos.txt").read_text().splitlines()
+    assert bad.startswith("Run/") and "ends the process that packs it" in bad
+
+
+def test_a_video_on_which_the_gpu_fails_is_tried_again_and_then_bad(cluster, worker, videos, tmp_path, monkeypatch):
+    root = classes(videos, tmp_path / "videos")
+    monkeypatch.setattr(pack, "write_fragment", deadly.write_or_fail)
+    monkeypatch.chdir(ROOT)
+    assert pack.main(arguments(root, tmp_path / "set", "--engine", "ray", "--ray-address", cluster.address)) == 1
+    (bad,) = (tmp_path / "set" / "bad_videos.txt").read_text().splitlines()
+    failure = "RuntimeError: CUDA out of memory. Tried to allocate 2 GiB"
+    assert bad.startswith("Run/") and bad.endswith(f"fails, also when tried again alone: {failure}")
+
+
+def classes(videos, root):
+    """Four of the videos, in the classes that `tests.deadly` knows."""
+    for name, video in zip(("Run", "Sit", "Walk", "Walk"), list_videos(videos)[::3], strict=True):
+        (root / name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(video.path, root / name / f"{video.class_name} {video.path.name}")
+    return root
+
+
+def test_stopped_and_gone_on_with_by_the_other_engine(cluster, worker, videos, local, tmp_path):
+    for stop, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)):
+        out = tmp_path / str(int(stop))
+        process = run(cluster, videos, out)
+        assert processes.wait_until(lambda out=out, process=process: shards(out) or process.poll() is not None)
+        before = {path: path.stat().st_mtime_ns for path in out.glob("shard-*.tar")}
+        os.kill(process.pid, stop)
+        found, output = finish(process)
+        assert found == code, output
+        if stop != signal.SIGKILL:
+            assert "Stopped. The same command goes on with the shards that are left.\n" in output
+        assert processes.wait_until(lambda: not worker.works()), "a task outlives its pack"
+        assert before and not (out / "dataset.json").exists()
+        assert pack.main(arguments(videos, out)) == 0
+        assert_equal(out, local)
+        assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in before.items())
+    out = tmp_path / "local first"
+    process = processes.start("flow.pack", arguments(videos, out, "--workers", "1"))
+    assert processes.wait_until(lambda: shards(out) or process.poll() is not None)
+    process.kill()
+    finish(process)
+    code, output = finish(run(cluster, videos, out))
+    assert code == 0, output
+    assert_equal(out, local)
+
+
+def test_a_node_that_is_killed_costs_nothing(cluster, worker, videos, local, tmp_path):
+    with cluster.node() as dies:
+        process = run(cluster, videos, tmp_path / "set")
+        assert processes.wait_until(lambda: shards(tmp_path / "set") or process.poll() is not None)
+        assert processes.wait_until(lambda: dies.works() or process.poll() is not None)
+        dies.end(kill=True)
+        code, output = finish(process)
+        assert code == 0, output
+    assert worker.process.poll() is None
+    assert_equal(tmp_path / "set", local)
 
 
 def test_without_an_address_a_cluster_is_started_and_ended(cluster, videos, local, tmp_path):

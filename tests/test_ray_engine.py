@@ -1,0 +1,204 @@
+"""flow.ray_engine without Ray: what is refused, what a node does, how often it is tried. The rest: tests/scale."""
+
+import dataclasses
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from flow import images, pack, ray_engine
+from flow.codec import Codec
+from flow.fragment import FragmentTask, Recipe, write_fragment
+from flow.ray_engine import RayEngine
+from flow.video import write_video
+from tests.test_video import moving_frames
+
+EXCEPTIONS = ("RayTaskError", "WorkerCrashedError", "OutOfMemoryError", "NodeDiedError", "ObjectLostError")
+
+
+class FakeRay:
+    """In the place of the module: tasks run in this process when they are asked for.
+
+    deaths: name of a task's fragment -> what happens to its attempts, in turn; what is not named is done.
+    """
+
+    def __init__(self, **deaths):
+        self.exceptions = SimpleNamespace(**{name: type(name, (Exception,), {}) for name in EXCEPTIONS})
+        self.deaths = {name: list(kinds) for name, kinds in deaths.items()}
+        self.util = SimpleNamespace(get_node_ip_address=lambda: "10.0.0.7")
+        self.attempts, self.joined = [], 0
+
+    def init(self, **_):
+        self.joined += 1
+
+    def shutdown(self):
+        self.joined -= 1
+
+    def cluster_resources(self):
+        return {"CPU": 2.0}
+
+    def get_runtime_context(self):
+        return SimpleNamespace(get_node_id=lambda: "0123456789")
+
+    def remote(self, **_):
+        return lambda function: SimpleNamespace(options=lambda **_: SimpleNamespace(remote=self._submit(function)))
+
+    @staticmethod
+    def _submit(function):
+        return lambda *arguments: _Ref(function, arguments)
+
+    def wait(self, refs, num_returns=1, timeout=None):
+        return refs[:num_returns], refs[num_returns:]
+
+    def get(self, ref):
+        job, task = ref.arguments
+        self.attempts.append((task.fragment.name, job.alone))
+        if self.deaths.get(task.fragment.name):
+            raise getattr(self.exceptions, self.deaths[task.fragment.name].pop(0))
+        return ref.function(job, task)
+
+
+@dataclasses.dataclass(eq=False)
+class _Ref:
+    function: object
+    arguments: tuple
+
+
+@pytest.fixture
+def ray(monkeypatch):
+    def install(**deaths):
+        fake = FakeRay(**deaths)
+        monkeypatch.setitem(sys.modules, "ray", fake)
+        monkeypatch.setattr(ray_engine, "_NODE_DEATH_S", 0.0)
+        return fake
+
+    return install
+
+
+@pytest.fixture
+def tasks(tmp_path):
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "run").mkdir()
+    recipe = Recipe(size_px=48, method="dis", codec=Codec())
+    made = []
+    for name in ("a", "b", "c"):
+        video = tmp_path / "videos" / f"{name}.avi"
+        write_video(video, moving_frames(4, seed=ord(name)))
+        made.append(FragmentTask(video, f"Run/{name}", "Run", None, tmp_path / "run" / name, recipe))
+    return made
+
+
+def fragments(tasks):
+    return [task.fragment.read_bytes() for task in tasks if task.fragment.exists()]
+
+
+def packed(tasks):
+    """The fragments as they are without an engine."""
+    for task in tasks:
+        write_fragment(task)
+    content = fragments(tasks)
+    for task in tasks:
+        task.fragment.unlink()
+    return content
+
+
+@pytest.mark.parametrize(
+    "command", [(pack, "--videos"), (pack, "--range", "20", "--flow-dir"), (images, "--train")], ids=str
+)
+def test_without_ray_and_of_addresses_of_no_use(tmp_path, monkeypatch, capsys, ray, command):
+    module, *options = command
+    write_video(tmp_path / "clip.avi", moving_frames(3))
+    for folder in ("A/clip.avi", "A/clip"):
+        (tmp_path / "in" / folder).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "clip.avi").rename(tmp_path / "in/A/clip.avi")
+    if "--flow-dir" in options:
+        (tmp_path / "in/A/clip").mkdir()
+        for name in ("img_00001.jpg", "flow_x_00001.jpg", "flow_y_00001.jpg"):
+            (tmp_path / "in/A/clip" / name).write_bytes(b"")
+    given = [*options, str(tmp_path / "in"), "--out", str(tmp_path / "out")]
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert module.main([*given, "--engine", "ray"]) == 2
+    assert "pip install 'two-stream[ray]'" in capsys.readouterr().err
+    ray()
+    assert module.main([*given, "--engine", "ray", "--ray-address", "ray://head:10001"]) == 2
+    assert "expected HOST:PORT, or auto" in capsys.readouterr().err
+    assert module.main([*given, "--ray-address", "head:6379"]) == 2
+    assert "ray_address='head:6379' is for the engine ray" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "dataset.json").exists()
+
+
+@pytest.mark.parametrize("seen", [True, False])
+def test_fragments_are_the_same_whether_a_node_sees_their_folder_or_not(tasks, ray, monkeypatch, seen):
+    expected = packed(tasks)
+    fake = ray()
+    if not seen:
+        monkeypatch.setattr(ray_engine._Token, "in_folder", lambda self, folder: "another")
+    with RayEngine("dis", None, None, None) as engine:
+        reports = dict((task.video_id, report) for task, report in engine.run(write_fragment, tasks))
+    assert fragments(tasks) == expected and fake.joined == 0
+    assert all(report.totals.num_videos == 1 and not report.bad for report in reports.values()) and len(reports) == 3
+
+
+def test_a_death_costs_another_attempt_and_only_the_culprit_is_lost(tasks, ray):
+    expected = packed(tasks)
+    fake = ray(
+        a=["WorkerCrashedError"] * 2 + ["OutOfMemoryError"], b=["NodeDiedError"] * 4, c=["WorkerCrashedError"] * 2
+    )
+    with RayEngine("dis", None, None, None) as engine:
+        results = {task.video_id: report for task, report in engine.run(write_fragment, tasks)}
+    assert results["Run/a"] is None and results["Run/b"].totals.num_videos == results["Run/c"].totals.num_videos == 1
+    assert fragments(tasks) == expected[1:]
+    counts = {name: [alone for at, alone in fake.attempts if at == name] for name in "abc"}
+    assert counts == {"a": [False, False, True], "b": [False] * 5, "c": [False, False, True]}
+    alone = [alone for _, alone in fake.attempts]
+    assert alone == sorted(alone), "suspects are tried alone before all else is done"
+
+
+def test_a_video_that_no_node_survives_is_lost_in_the_end(tasks, ray):
+    fake = ray(a=["NodeDiedError"] * 99)
+    with RayEngine("dis", None, None, None) as engine:
+        results = {task.video_id: report for task, report in engine.run(write_fragment, tasks)}
+    assert results["Run/a"] is None and results["Run/b"] and results["Run/c"]
+    assert len([name for name, _ in fake.attempts if name == "a"]) == 2 * ray_engine._NODE_DEATHS
+
+
+def test_a_node_that_differs_is_named(tasks, ray, monkeypatch):
+    fake = ray()
+    identity = ray_engine.node_identity
+    calls = []
+
+    def other(method):
+        calls.append(method)
+        return {**identity(method), "opencv": "4.0.0"} if len(calls) > 1 else identity(method)
+
+    monkeypatch.setattr(ray_engine, "node_identity", other)
+    with pytest.raises(
+        ValueError, match=r"Node .*10\.0\.0\.7, 01234567\) would pack other bytes: opencv 4\.0\.0, here"
+    ):
+        list(RayEngine("dis", None, None, None).run(write_fragment, tasks))
+    assert fake.joined == 0
+
+
+@pytest.mark.parametrize(("there", "message"), [(None, "does not see"), (7, "sees 7 bytes, and not")])
+def test_a_node_that_sees_other_videos_is_named(tasks, ray, monkeypatch, there, message):
+    ray()
+    work = ray_engine._work
+    monkeypatch.setattr(ray_engine, "_work", lambda *given: dataclasses.replace(work(*given), sizes=[there]))
+    with pytest.raises(ValueError, match=f"{message}.*a.avi.*same path"):
+        list(RayEngine("dis", None, None, None).run(write_fragment, tasks))
+
+
+def test_a_video_that_is_gone_everywhere_is_bad_as_ever(tasks, ray):
+    tasks[0].path.unlink()
+    ray()
+    with RayEngine("dis", None, None, None) as engine:
+        results = {task.video_id: report for task, report in engine.run(write_fragment, tasks)}
+    assert results["Run/a"].bad.keys() == {"Run/a"} and not results["Run/b"].bad
+
+
+def test_an_exception_of_a_task_is_raised_and_the_cluster_is_left(tasks, ray):
+    fake = ray()
+    with pytest.raises(FileNotFoundError):
+        tasks[1] = dataclasses.replace(tasks[1], fragment=tasks[1].fragment.parent / "none" / "b")
+        list(RayEngine("dis", None, None, None).run(write_fragment, tasks))
+    assert fake.joined == 0
