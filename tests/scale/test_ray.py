@@ -65,7 +65,9 @@ class Cluster:
     def _start(self, options, environment, shadow=()):
         ray = [sys.executable, "-c", "from ray.scripts.scripts import main; main()", "start", "--block", *options]
         ray += ["--min-worker-port=0", "--max-worker-port=0", "--object-store-memory=100000000"]
-        if shadow:  # a mount namespace of its own, in which these folders are others, and empty
+        if shadow:
+            need(os.geteuid() == 0 and shutil.which("unshare"), "unshare, with the right to mount,")
+            # A mount namespace of its own, in which these folders are others, and empty
             mounts = " && ".join(f"mount -t tmpfs none '{folder}'" for folder in shadow)
             ray = ["unshare", "--mount", "sh", "-c", f'{mounts} && exec "$@"', "sh", *ray]
         log = self._folder / f"log{secrets.token_hex(4)}"
