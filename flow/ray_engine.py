@@ -16,13 +16,12 @@ until it has outlived a handful of nodes.
 import hashlib
 import os
 import secrets
-import signal
 import socket
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping
-from contextlib import contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from importlib.metadata import PackageNotFoundError, version
@@ -73,6 +72,7 @@ class RayEngine:
         self._method, self._num_workers, self._address = method, num_workers, address
         self._num_cpus, self._counted_s = 0.0, 0.0
         self._joined = False
+        self._thread = ThreadPoolExecutor(1)
         try:
             self.num_gpus = count_gpus(method, num_gpus, self._count_gpus)
         except BaseException:
@@ -86,26 +86,20 @@ class RayEngine:
             return
         # Of a cluster that is started here; that of another is its owner's affair.
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-        own = (
-            {}
-            if self._address
-            else {"num_cpus": self._num_workers or default_num_workers(), "include_dashboard": False}
-        )
-        with _our_signals():
-            try:
-                self._joined = True
-                self._ray.init(
-                    address=self._address or "local",
-                    log_to_driver=False,
-                    logging_level="CRITICAL",
-                    **own,
-                )
-            except (ConnectionError, RuntimeError, ValueError) as error:
-                self._leave()
-                raise ValueError(
-                    f"ray_address={self._address!r}: no cluster can be joined: {_line(error)} Start one, with a "
-                    "node on this machine, by ray start."
-                ) from None
+        own: dict[str, Any] = {"num_cpus": self._num_workers or default_num_workers(), "include_dashboard": False}
+        self._joined = True
+        try:
+            init = partial(self._ray.init, log_to_driver=False, logging_level="CRITICAL")
+            self._ask(init, address=self._address or "local", **({} if self._address else own))
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            self._leave()
+            raise ValueError(
+                f"ray_address={self._address!r}: no cluster can be joined: {_line(error)} Start one by ray "
+                "start, with a node on this machine."
+            ) from None
+        except BaseException:
+            self._leave()
+            raise
         # max_calls: a process goes on to the next task, also one that has opened a GPU.
         self._plain = self._ray.remote(num_cpus=1, max_retries=0, max_calls=0)(_work)
         self._proof = self._ray.remote(num_cpus=1, max_retries=_NODE_DEATHS)(prove)
@@ -113,8 +107,11 @@ class RayEngine:
     def _leave(self) -> None:
         if self._joined:
             self._joined = False
-            with _our_signals():
-                self._ray.shutdown()
+            self._ask(self._ray.shutdown)
+
+    def _ask(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """Call Ray in a thread: in the main one it takes signals for itself, and forgets which they were."""
+        return self._thread.submit(function, *arguments, **options).result()
 
     def __enter__(self) -> Self:
         return self
@@ -213,9 +210,9 @@ class RayEngine:
         if not running:
             time.sleep(_POLL_S)
             return []
-        done, _ = self._ray.wait(list(running), timeout=_POLL_S)
+        done, _ = self._ask(self._ray.wait, list(running), timeout=_POLL_S)
         if done:
-            done, _ = self._ray.wait(list(running), num_returns=len(running), timeout=0)
+            done, _ = self._ask(self._ray.wait, list(running), num_returns=len(running), timeout=0)
         return list(done)
 
     def _outcome(self, ref: Any, attempt: "_Attempt") -> "_Outcome | None":
@@ -235,7 +232,7 @@ class RayEngine:
     def _get(self, ref: Any) -> Any:
         """The result of a task. Raises what it raised."""
         try:
-            return self._ray.get(ref)
+            return self._ask(self._ray.get, ref)
         except self._ray.exceptions.RayTaskError as error:
             raise _import_failure(error) or error.cause or error from None
 
@@ -317,19 +314,6 @@ class _Token:
 
 
 _TOKEN = "token"
-
-
-@contextmanager
-def _our_signals() -> Generator[None, None, None]:
-    """Keep Ray from taking SIGTERM."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _import_ray() -> ModuleType:
