@@ -90,8 +90,8 @@ def _sent(cluster: Engine, options: argparse.Namespace) -> float:
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description="What Ray adds to a task of a pack, and MB/s of fragments that nodes send.")
-    parser.add_argument("--tasks", type=int, default=2000, metavar="N", help="empty ones (default %(default)s)")
-    parser.add_argument("--fragments", type=int, default=100, metavar="N", help="written ones (default %(default)s)")
+    parser.add_argument("--tasks", type=int, default=1000, metavar="N", help="empty ones (default %(default)s)")
+    parser.add_argument("--fragments", type=int, default=50, metavar="N", help="written ones (default %(default)s)")
     parser.add_argument("--mb", type=int, default=8, metavar="N", help="megabytes of each (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="of all in turns (default %(default)s)")
     add_out(parser, "ray_overhead")
