@@ -14,12 +14,11 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import accuracy  # noqa: E402
-import before_after  # noqa: E402
 import decode_rates  # noqa: E402
 import footprint  # noqa: E402
 import readme  # noqa: E402
 import windows_accuracy  # noqa: E402
-from loader_throughput import NAMES, TEMPORAL_ONLY  # noqa: E402
+from loader_throughput import NAMES, REMOTE, TEMPORAL_ONLY  # noqa: E402
 
 from tests.tiny import tiny_overrides  # noqa: E402
 
@@ -62,7 +61,7 @@ def test_gpu_proof_runs_its_steps_on_the_cpu(packed_demo, tmp_path):
 
     for stream in ("temporal", "spatial"):
         rows = json.loads((tmp_path / f"loader_throughput_cpu_{stream}.json").read_text())["rows"]
-        names = set(NAMES) - {"ours_k1_cold"} - set(TEMPORAL_ONLY if stream == "spatial" else ())
+        names = set(NAMES) - {"ours_k1_cold", *REMOTE} - set(TEMPORAL_ONLY if stream == "spatial" else ())
         assert {(row["stream"], row["name"]) for row in rows} == {(stream, name) for name in names}
         for rate in (row["samples_per_s"] for row in rows):
             assert 0 < rate["min"] <= rate["median"] <= rate["max"]
@@ -181,16 +180,3 @@ def test_bootstrap_intervals_widen_with_dependence():
 def test_the_tables_are_those_of_the_results(page):
     text = (ROOT / page).read_text()
     assert readme.render(text, readme.PAGES[page]) == text
-
-
-@pytest.mark.slow
-def test_a_checkout_is_measured_against_another_one(packed_demo, tmp_path, capsys):
-    arguments = ["--before", str(ROOT), "--data", str(packed_demo), "--quick", "--out", str(tmp_path / "out.json")]
-    assert before_after.main(arguments) == 0
-    result = json.loads((tmp_path / "out.json").read_text())
-    assert [row["name"] for row in result["rows"]] == ["loader_temporal", "loader_spatial", "pack"]
-    for row in result["rows"]:
-        assert row["ratio"]["median"] == pytest.approx(row["after"]["median"] / row["before"]["median"])
-    assert result["config"]["before_commit"] == result["commit"].removesuffix(" with changes")
-    with pytest.raises(SystemExit, match="is no checkout of this project. Make one: git worktree add"):
-        before_after.main(["--before", str(tmp_path)])

@@ -223,6 +223,7 @@ def test_a_training_list_must_fit_in_the_cache(root, tmp_path, folder):
     check_cache([(less, rows)], num_shards=2)
     with pytest.raises(ValueError, match="5 at a time with those that come next"):
         check_cache([(less, rows)], num_shards=5)
+    check_cache([(less, rows)], num_shards=5, num_machines=8)  # each has an arc of it
     with pytest.raises(ValueError, match="Raise data.cache_gb"):
         check_cache([(enough, rows), (enough, rows)])
 

@@ -70,9 +70,9 @@ RUN_BY = {
     "benchmarks/footprint.py": "tests/test_benchmarks.py::test_footprint_measures_opening_and_keeping",
     "benchmarks/gpu_proof.sh": "tests/test_benchmarks.py::test_gpu_proof_runs_its_steps_on_the_cpu",
     "benchmarks/loader_throughput.py": "tests/test_benchmarks.py::test_gpu_proof_runs_its_steps_on_the_cpu",
-    "benchmarks/scale_check.py": "tests/test_scale_model.py::test_quick_costs_feed_simulation_and_prediction",
-    "benchmarks/scale_costs.py": "tests/test_scale_model.py::test_quick_costs_feed_simulation_and_prediction",
-    "benchmarks/scale_model.py": "tests/test_scale_model.py::test_a_quick_run_writes_what_is_promised",
+    "benchmarks/scale_check.py": "tests/scale/test_programs.py::test_quick_costs_feed_simulation_and_prediction",
+    "benchmarks/scale_costs.py": "tests/scale/test_programs.py::test_quick_costs_feed_simulation_and_prediction",
+    "benchmarks/scale_model.py": "tests/scale/test_programs.py::test_a_quick_run_writes_what_is_promised",
     "benchmarks/scaling.py": "tests/test_benchmarks.py::test_gpu_proof_runs_its_steps_on_the_cpu",
     "benchmarks/train_step.py": "tests/test_benchmarks.py::test_gpu_proof_runs_its_steps_on_the_cpu",
 }

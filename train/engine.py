@@ -82,8 +82,11 @@ def loader_options(config: Config, world: World) -> dict[str, Any]:
     }
 
 
-def check_stream(config: Config, stream: str, index: Index, world_size: int, folder: Path | None = None) -> None:
-    """Raise ValueError if the packed set cannot give the stream what the config asks for, or not to so many ranks.
+def check_stream(
+    config: Config, stream: str, index: Index, world_size: int, folder: Path | None = None, *, num_machines: int = 1
+) -> None:
+    """Raise ValueError if the packed set cannot give the stream what the config asks for, or not to so many ranks on
+    so many machines.
 
     folder: the stream's, whose checkpoint, if it has one, training goes on from.
     """
@@ -99,7 +102,7 @@ def check_stream(config: Config, stream: str, index: Index, world_size: int, fol
     if config.data.pool_shards:
         for data, videos in zip(tasks.sets, populations(tasks, spec), strict=True):
             pooled(videos, data.index, config.data.pool_shards, config.data.pool_steps)
-    check_cache([(data.index, data.rows) for data in tasks.sets], config.data.pool_shards)
+    check_cache([(data.index, data.rows) for data in tasks.sets], config.data.pool_shards, num_machines)
     init = config.stream(stream).init
     if init and not (folder and checkpoint_files(folder / CHECKPOINT)):
         if not Path(init).is_file():

@@ -21,7 +21,7 @@ from loaders import cache, dali_loader, reference
 from loaders.batch import StreamSpec
 from loaders.index import open_index
 from loaders.source import SampleError, Source
-from tests.remote import assert_same, list_files
+from tests.remote import assert_same
 from tests.tiny import tiny_overrides
 
 ROOT = Path(__file__).parent.parent.parent
@@ -43,8 +43,6 @@ def served(tmp_path_factory):
         "--videos", str(base / "videos"), "--splits", str(base / "videos" / "splits"), "--dataset", "ucf101",
         "--size", "48", "--out", str(root), "--videos-per-shard", "5",
     ]) == 0  # fmt: skip
-    if "files" not in json.loads((root / "dataset.json").read_text()):
-        list_files(root)
     assert len(list(root.glob("*.tar"))) > 4
     return base / "buckets"
 
@@ -106,6 +104,29 @@ def test_batches_are_bitwise_those_of_the_folder(proxied, served, tmp_path, modu
     if part == "whole":
         tars = [path for method, path in proxy.seen if method == "GET" and path.endswith(".tar")]
         assert set(local.shards) >= {Path(path).name for path in tars}
+
+
+@pytest.mark.parametrize("num_stacks", [1, 2])
+def test_a_pool_is_drawn_from_through_a_cache_that_does_not_hold_the_set(proxied, served, tmp_path, num_stacks):
+    url, proxy = proxied
+    root = served / "b" / "set"
+    local, remote = open_index(root), open_index(url, cache=tmp_path / "cache", cache_gb=half_of(root))
+    rows, spec = (
+        local.split("split1_train"),
+        StreamSpec(stream="temporal", L=4, crop_px=40, stacks_per_window=num_stacks),
+    )
+    means = {"seed": 5, "batch_size": 8, "pool_shards": 2, "pool_steps": 4}
+    num_steps = 4 * len(local.shards)  # a pass
+    with dali_loader.train_loader(local, rows, spec, **means) as expected:
+        with dali_loader.train_loader(remote, rows, spec, **means) as found:
+            seen = set()
+            for _ in range(num_steps):
+                batch = next(found)
+                assert_same(batch, next(expected))
+                seen |= set(local.shard[batch.draw.video].tolist())
+                assert bytes_in(tmp_path / "cache") <= half_of(root) * 1e9
+    asked = [Path(path).name for method, path in proxy.seen if method == "GET" and path.endswith(".tar")]
+    assert len(seen) > 2 and len(asked) < 3 * len(local.shards)  # a pass, and what was fetched ahead and for windows
 
 
 def test_a_flipped_byte_is_fetched_again_and_a_lasting_one_is_an_error(proxied, served, tmp_path):
