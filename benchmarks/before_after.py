@@ -102,7 +102,8 @@ def main(argv: list[str] | None = None) -> int:
     before = options.before.resolve()
     commit = commit_of(before)
     with tempfile.TemporaryDirectory() as folder:
-        generated = demo_set(Path(folder), 64 if options.quick else 256)
+        if less["generated"]:
+            generated = demo_set(Path(folder), 64 if options.quick else 256)
         data, videos = options.data or generated, options.videos or Path(folder) / "videos"
         crop_px = choose_crop_px(data)
         config = {key: value for key, value in vars(options).items() if not isinstance(value, Path)}
