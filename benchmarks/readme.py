@@ -321,6 +321,36 @@ def pool_machines_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def before_after_table(result: dict[str, Any]) -> str:
+    """The checkout's rates against an earlier one's."""
+    lines = ["| | before | now | ratio in the same round |", "| --- | --- | --- | --- |"]
+    for row in result["rows"]:
+        before, after, ratio = row["before"], row["after"], row["ratio"]
+        rates = f"{digits(before['median'])} {row['unit']} | {digits(after['median'])} {row['unit']}"
+        lines.append(
+            f"| {row['name'].replace('_', ', ')} | {rates} | {ratio['median']:.2f} ({ratio['min']:.2f} to "
+            f"{ratio['max']:.2f}) |"
+        )
+    lines.append(f"\nBefore: {result['config']['before_commit'][:7]}. {result['config']['rounds']} rounds.")
+    return "\n".join(lines)
+
+
+def remote_table(result: dict[str, Any]) -> str:
+    """A set in its folder, and fetched into a warm cache, by stream."""
+    rows = {(row["stream"], row["name"]): row["samples_per_s"] for row in result["rows"]}
+    lines = [
+        "| stream | in a folder, samples/s | from a web server, cache warm | ratio of medians |",
+        "| --- | --- | --- | --- |",
+    ]
+    for stream in dict.fromkeys(stream for stream, _ in rows):
+        local, warm = rows[stream, "ours_k1"], rows[stream, "ours_k1_remote"]
+        cells = [f"{digits(one['median'])} ({digits(one['min'])} to {digits(one['max'])})" for one in (local, warm)]
+        lines.append(f"| {stream} | {' | '.join(cells)} | {warm['median'] / local['median']:.3f} |")
+    config = result["config"]
+    lines.append(f"\nMedian, slowest and fastest of {config['rounds']} rounds in turns, {config['cores']} cores.")
+    return "\n".join(lines)
+
+
 def disk_table(extraction: dict[str, Any], throughput: dict[str, Any]) -> str:
     """What UCF-101 would take: measured bytes of a field and of a frame, times its pairs of frames."""
     pairs = extraction["ucf101_pairs"]
@@ -363,9 +393,11 @@ PAGES: dict[str, Tables] = {
         "windows": (["windows_accuracy"], windows_table),
         "draw_statistics": (["draw_statistics"], draw_statistics_table),
         "pool_machines": (["draw_statistics"], pool_machines_table),
+        "before_after": (["before_after"], before_after_table),
         "footprint": (["footprint"], footprint_table),
         "train_step": (["train_step"], train_step_table),
     },
+    "docs/remote.md": {"remote": (["loader_remote"], remote_table)},
     "docs/several-gpus.md": {"scaling": (["scaling"], scaling_table)},
     "docs/flow.md": {
         "flow_accuracy": (["flow_accuracy"], flow_accuracy_table),

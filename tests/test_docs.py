@@ -65,6 +65,7 @@ ELSEWHERE = {
 
 #: Programs that take long even in their quick form, and the test that runs each in it. Here their options are checked.
 RUN_BY = {
+    "benchmarks/before_after.py": "tests/scale/test_programs.py::test_a_checkout_is_measured_against_another_one",
     "benchmarks/decode_rates.py": "tests/test_benchmarks.py::test_gpu_proof_runs_its_steps_on_the_cpu",
     "benchmarks/flow_extraction.py": "tests/test_benchmarks.py::test_gpu_proof_runs_its_steps_on_the_cpu",
     "benchmarks/footprint.py": "tests/test_benchmarks.py::test_footprint_measures_opening_and_keeping",
