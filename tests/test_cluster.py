@@ -59,7 +59,11 @@ def test_the_slurm_script_starts_a_run_on_its_nodes(srun, packed, tmp_path, monk
     words = srun("--run", str(tmp_path / "a run"))
     expected = {"num_gpus": 8, "num_procs": 8, "min_nodes": 3, "max_nodes": 3, "max_restarts": 3}
     found = asked(words, packed, monkeypatch)
-    assert found == Machines(**expected, rdzv="node3:23456", rdzv_id="123456")
+    assert found == Machines(**expected, rdzv="node3:23456", rdzv_id=found.rdzv_id)
+    assert re.fullmatch("123456-[0-9a-f]{8}", found.rdzv_id)
+    assert asked(words, packed, monkeypatch) == found  # on the next machine
+    for others in (["train.seed=1"], ["--run", str(tmp_path / "other")]):  # another run at the same port is another job
+        assert asked([*words, *others], packed, monkeypatch).rdzv_id != found.rdzv_id
     assert (tmp_path / "a run" / "config.yaml").is_file() and (tmp_path / "cpus").read_text() == "64\n"
 
 

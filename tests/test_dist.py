@@ -16,7 +16,7 @@ from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 
 from loaders.index import open_index
 from tests.tiny import tiny_config, tiny_overrides
-from train import dist, watchdog
+from train import dist, machines, watchdog
 from train import launch as train_launch
 from train.dist import ProcessFailedError, World, launch
 from train.engine import loader_module, loader_options
@@ -283,8 +283,10 @@ THREE = {"min_nodes": 3, "max_nodes": 3, "rdzv": "localhost:29500"}
         (Machines(min_nodes=2, max_nodes=2), 256, "--nodes 2 needs --rdzv HOST:PORT"),
         (Machines(min_nodes=3, max_nodes=2), 256, "--nodes 3:2: the least must be at least 1, the most no less"),
         (Machines(min_nodes=0, max_nodes=2), 256, "--nodes 0:2: the least must be at least 1"),
-        (Machines(rdzv="node0"), 256, "--rdzv node0 must be HOST:PORT, such as node0:29500"),
-        (Machines(rdzv="node0:65536"), 256, "--rdzv node0:65536 must be .* a port from 1 to 65535"),
+        (Machines(rdzv="node0:29500"), 256, "--rdzv and --node-rank are for several machines: say how many by --nodes"),
+        (Machines(node_rank=0), 256, "--rdzv and --node-rank are for several machines"),
+        (Machines(**{**THREE, "rdzv": "node0"}), 256, "--rdzv node0 must be HOST:PORT, such as node0:29500"),
+        (Machines(**{**THREE, "rdzv": "node0:65536"}), 256, "--rdzv node0:65536 must be .* a port from 1 to 65535"),
         (Machines(**{**THREE, "rdzv": "no.such.invalid:1"}), 256, "no.such.invalid cannot be reached from here"),
         (Machines(node_rank=3, **THREE), 256, "--node-rank 3 with --nodes 3: ranks go from 0, .* to 2"),
         (Machines(node_rank=-1, **THREE), 256, "--node-rank -1 with --nodes 3"),
@@ -295,6 +297,13 @@ THREE = {"min_nodes": 3, "max_nodes": 3, "rdzv": "localhost:29500"}
 def test_impossible_requests_are_refused_before_anything_starts(machines, batch_size, message):
     with pytest.raises(ValueError, match=message):
         machines.check(batch_size)
+
+
+def test_rank_0_is_on_the_machine_where_they_meet(monkeypatch):
+    monkeypatch.setattr(machines, "own_address", lambda rdzv: ("10.0.0.2", False))
+    Machines(node_rank=1, **THREE).check(258)
+    with pytest.raises(ValueError, match="localhost:29500 is no address of this machine. Rank 0 is the machine of"):
+        Machines(node_rank=0, **THREE).check(258)
 
 
 def test_machines_are_as_asked():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import multiprocessing
 import os
@@ -9,7 +10,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
@@ -179,10 +180,15 @@ def _meeting_point(machines: Machines) -> Iterator[None]:
     store = None
     if machines.max_nodes > 1 and machines.node_rank is None and own_address(machines.rdzv)[1]:
         host, port = split_address(machines.rdzv)
-        with suppress(OSError), _listening(port) as listener:
-            store = dist.TCPStore(
-                host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
-            )
+        try:
+            with _listening(port) as listener:
+                store = dist.TCPStore(
+                    host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+                )
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise ValueError(f"--rdzv {machines.rdzv}: {error.strerror or error}. Choose another port.") from error
+            logger.warning("port %d is taken here, by another launcher of this run as it should be", port)
     yield
     del store  # it ends with its last reference
 

@@ -6,9 +6,11 @@ Trains the configured streams one after the other, scores the split's videos, fu
 from __future__ import annotations
 
 import argparse
+import hashlib
 import logging
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from flow.command import Parser, describe_error, wrap_words
@@ -128,7 +130,9 @@ def _prepare(options: argparse.Namespace) -> tuple[Config, Machines, Path]:
     open_run(run, config, options.resume)
     with writing(run / ORIGIN):
         write_origin(run, index)
-    return config, machines, run
+    # Another run that meets at the same port is another job: ranks of two would train each other's nets.
+    job = hashlib.sha256(f"{short_hash(config, CHANGEABLE)} {run} {index.fingerprint}".encode()).hexdigest()[:8]
+    return config, replace(machines, rdzv_id=f"{machines.rdzv_id}-{job}"), run
 
 
 def _run(world: World, config: Config, run: Path) -> None:

@@ -131,12 +131,18 @@ class Machines:
                     f"--node-rank {self.node_rank} with --nodes {self.max_nodes}: ranks go from 0, the machine of "
                     f"--rdzv, to {self.max_nodes - 1}."
                 )
-        if self.max_nodes > 1 and not self.rdzv:
+        if self.max_nodes == 1:
+            if self.rdzv or self.node_rank is not None:  # each of the machines would train alone, in one run folder
+                raise ValueError("--rdzv and --node-rank are for several machines: say how many by --nodes N.")
+            return
+        if not self.rdzv:
             raise ValueError(f"--nodes {self.max_nodes} needs --rdzv HOST:PORT, the same on every machine.")
-        if self.rdzv:
-            split_address(self.rdzv)
-        if self.max_nodes > 1:
-            own_address(self.rdzv)
+        split_address(self.rdzv)
+        is_host = own_address(self.rdzv)[1]
+        if self.node_rank == 0 and not is_host:
+            raise ValueError(
+                f"--node-rank 0, but {self.rdzv} is no address of this machine. Rank 0 is the machine of --rdzv."
+            )
 
 
 def split_address(rdzv: str) -> tuple[str, int]:
