@@ -62,8 +62,9 @@ def test_the_slurm_script_starts_a_run_on_its_nodes(srun, packed, tmp_path, monk
     assert found == Machines(**expected, rdzv="node3:23456", rdzv_id=found.rdzv_id)
     assert re.fullmatch("123456-[0-9a-f]{8}", found.rdzv_id)
     assert asked(words, packed, monkeypatch) == found  # on the next machine
-    for others in (["train.seed=1"], ["--run", str(tmp_path / "other")]):  # another run at the same port is another job
-        assert asked([*words, *others], packed, monkeypatch).rdzv_id != found.rdzv_id
+    for number, others in enumerate(([], ["train.seed=1"])):  # another run at the same port is another job
+        elsewhere = [*words, "--run", str(tmp_path / f"run{number}"), *others]
+        assert asked(elsewhere, packed, monkeypatch).rdzv_id != found.rdzv_id
     assert (tmp_path / "a run" / "config.yaml").is_file() and (tmp_path / "cpus").read_text() == "64\n"
 
 
