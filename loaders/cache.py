@@ -6,7 +6,7 @@
     CACHE/KEY/shard-000001.tar.N.part        of N bytes in the end; what is there is kept and goes on
 
 All processes of a machine share it. Its files never have more than a bound of bytes, parts counted as what they will
-be; the least recently used ones make room. Locks are those of the system on open files, and end with their process:
+be; the least recently used ones make room. Other files in the folder are not looked at, whatever their names. Locks are those of the system on open files, and end with their process:
 
     shared       a shard that is being read, an open set's index: not taken away, or it would take room unseen
     exclusive    a part that is being fetched: whoever else needs it waits for it
@@ -19,7 +19,7 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,10 +33,14 @@ from flow.untrusted import MAX_JSON_BYTES, MAX_LIST_BYTES
 
 #: A server may be away for two minutes; train.timeout_s ends a wait earlier.
 _PAUSES_S = (0.2, 1.0, 3.0, 8.0, 15.0, 30.0, 60.0)
-#: Longest wait for room that files in use take, s, and time between two looks. A shard is read in milliseconds.
+#: Longest wait for room that files in use take, s, while nothing is fetched by anybody, and time between two looks. A
+#: shard is read in milliseconds, but its fetch may take minutes.
 _ROOM_PATIENCE_S = 60.0
 _LOOK_S = 0.05
-_PART = re.compile(r"\.([0-9]{1,18})\.part")
+_KEY = re.compile(r"[0-9a-f]{32}")
+#: Names of a set's files, and of their parts: in its folder, and in splits/.
+_GOES = re.compile(r"(?:shard-[0-9]{6,}\.tar|index\.bin)(?:\.([0-9]{1,18})\.part)?")
+_LIST = re.compile(r"[^/]+\.txt(?:\.([0-9]{1,18})\.part)?")
 
 
 @dataclass(frozen=True)
@@ -71,11 +75,17 @@ class ShardCache:
         self._sound: set[tuple[str, int]] = set()
         own = (file.num_bytes for name, file in self._files.items() if name not in set(self.shard_names))
         self.own_bytes = len(content) + sum(own)
+        self._content = content
         with self._plainly():
-            (self.folder / "splits").mkdir(parents=True, exist_ok=True)
-            path = self.folder / "dataset.json"
-            if not path.is_file() or path.read_bytes() != content:
-                write_bytes(path, content)
+            self._make_folder()
+            if (self.folder / "dataset.json").read_bytes() != content:
+                write_bytes(self.folder / "dataset.json", content)
+
+    def _make_folder(self) -> None:
+        """Have the set's folder, also where it was deleted: without dataset.json it would not be looked at."""
+        (self.folder / "splits").mkdir(parents=True, exist_ok=True)
+        if not (self.folder / "dataset.json").is_file():
+            write_bytes(self.folder / "dataset.json", self._content)
 
     @classmethod
     def open(cls, url: str, root: Path, max_bytes: int, store: Store | None = None) -> Self:
@@ -115,6 +125,10 @@ class ShardCache:
         except FileNotFoundError:
             return False
         return True
+
+    def progress(self) -> frozenset[tuple[Path, int]]:
+        """What all in the cache have of their bytes: it changes while anybody fetches, in whatever process."""
+        return _progress(_scan(self._root))
 
     def num_cached(self, names: list[str]) -> int:
         """How many of these files are there."""
@@ -208,25 +222,28 @@ class ShardCache:
         return self.folder / f"{name}.{self._files[name].num_bytes}.part"
 
     def _reserve(self, name: str, patience_s: float) -> int | None:
-        """Descriptor of a file's part, for which there is room. None if it is whole meanwhile; or after a wait of 0 s
-        there is no room. Raises StoreError if there is none after a longer one."""
+        """Descriptor of a file's part, for which there is room. None if it is whole meanwhile; or with patience of 0 s
+        there is no room. Raises StoreError if there is none, and for so long nobody fetches anything."""
         path, part, num_bytes = self.folder / name, self._part(name), self._files[name].num_bytes
         if num_bytes > self.max_bytes:
             raise ValueError(
                 f"{self.url}/{name} has {num_bytes / 1e9:.3g} GB, the cache {self._root} may hold "
                 f"{self.max_bytes / 1e9:.3g} GB. Raise data.cache_gb."
             )
-        until = time.monotonic() + patience_s
+        until, before = 0.0, None
         while True:
             with self._locked():
                 if path.exists():
                     return None
-                if part.exists() or self._make_room(num_bytes):
-                    path.parent.mkdir(parents=True, exist_ok=True)
+                found = list(_scan(self._root))
+                if part.exists() or self._make_room(num_bytes, found):
+                    self._make_folder()
                     return os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             if not patience_s:
                 return None
-            if time.monotonic() > until:
+            if (now := _progress(found)) != before:  # what others fetch is theirs until it is whole
+                until, before = time.monotonic() + patience_s, now
+            elif time.monotonic() > until:
                 raise StoreError(
                     f"{self.url}/{name}: no room for its {num_bytes / 1e9:.3g} GB in the cache {self._root}, whose "
                     f"{self.max_bytes / 1e9:.3g} GB are all in use. Raise data.cache_gb, or give this run a data.cache "
@@ -234,16 +251,27 @@ class ShardCache:
                 )
             time.sleep(_LOOK_S)
 
-    def _make_room(self, num_bytes: int) -> bool:
-        """Take the least recently used files away until so many bytes fit in; whether they do."""
-        found = list(_scan(self._root))
-        used = sum(file.num_bytes for file in found)
-        for old in sorted(found, key=lambda file: file.used_ns):
-            if used + num_bytes <= self.max_bytes:
-                break
-            if old.may_go and _take_away(old.path):
-                used -= old.num_bytes
-        return used + num_bytes <= self.max_bytes
+    def _make_room(self, num_bytes: int, found: list["_Cached"]) -> bool:
+        """Take the least recently used of the files away until so many bytes fit in; none if that is not enough.
+        Whether they fit."""
+        missing = sum(file.num_bytes for file in found) + num_bytes - self.max_bytes
+        if missing > sum(file.num_bytes for file in found if file.may_go):
+            return False
+        chosen: list[tuple[int, Path]] = []
+        try:
+            for old in sorted((file for file in found if file.may_go), key=lambda file: file.used_ns):
+                if missing <= 0:
+                    break
+                if (file := _claimed(old.path)) is not None:
+                    chosen.append((file, old.path))
+                    missing -= old.num_bytes
+            if missing <= 0:
+                for _, path in chosen:
+                    path.unlink(missing_ok=True)
+            return missing <= 0
+        finally:
+            for file, _ in chosen:
+                os.close(file)
 
     def _fill(self, file: int, name: str, stopped: Callable[[], bool]) -> bool:
         """Fetch what a part lacks; whether it is whole then. Raises ShardError if it is not what was published."""
@@ -301,39 +329,63 @@ class ShardCache:
 
 @dataclass(frozen=True)
 class _Cached:
-    """A file of the cache: when it was used, the bytes that it has or will have, and whether it may be taken away."""
+    """A file of the cache: when it was used, the bytes that it has or will have, those it has, whether it may go."""
 
     path: Path
     used_ns: int
     num_bytes: int
+    num_there: int
     may_go: bool
 
 
 def _scan(root: Path) -> Iterator[_Cached]:
-    """All files of all sets."""
-    for folder, _, names in os.walk(root):
-        for name in names:
-            path = Path(folder, name)
-            with suppress(FileNotFoundError):
-                stat, part = path.stat(), _PART.search(name)
-                num_bytes = int(part[1]) if part else stat.st_size
-                yield _Cached(path, stat.st_mtime_ns, num_bytes, bool(part) or name.endswith((".tar", INDEX_NAME)))
+    """All files of all sets, and no others: the folder may hold anything besides."""
+    for folder in _listed(root):
+        if _KEY.fullmatch(folder.name) and not folder.is_symlink() and Path(folder.path, "dataset.json").is_file():
+            for entry in _listed(folder.path):
+                if name := _GOES.fullmatch(entry.name):
+                    yield from _cached(entry, name[1], True)
+                elif entry.name == "dataset.json":
+                    yield from _cached(entry, None, False)
+            for entry in _listed(Path(folder.path, "splits")):
+                if name := _LIST.fullmatch(entry.name):
+                    yield from _cached(entry, name[1], name[1] is not None)
 
 
-def _take_away(path: Path) -> bool:
-    """Remove a file unless somebody has it open; whether it is gone."""
+def _listed(folder: str | Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _cached(entry: os.DirEntry[str], will_have: str | None, may_go: bool) -> Iterator[_Cached]:
+    with suppress(FileNotFoundError):
+        if entry.is_file(follow_symlinks=False):
+            found = os.stat(entry.path)  # an entry's own is of the moment when the folder was listed, or older
+            num_bytes = int(will_have) if will_have else found.st_size
+            yield _Cached(Path(entry.path), found.st_mtime_ns, num_bytes, found.st_size, may_go)
+
+
+def _progress(files: Iterable[_Cached]) -> frozenset[tuple[Path, int]]:
+    return frozenset((file.path, file.num_there) for file in files)
+
+
+def _claimed(path: Path) -> int | None:
+    """Descriptor of a file that nobody else has open now, to be taken away; None if somebody has, or it is gone."""
     try:
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
-        return True
+        return None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        path.unlink(missing_ok=True)
-        return True
-    except BlockingIOError:
-        return False
-    finally:
+    except BaseException as error:
         os.close(file)
+        if isinstance(error, BlockingIOError):
+            return None
+        raise
+    return file
 
 
 def _published(dataset: dict[str, Any], url: str) -> dict[str, Published]:

@@ -1,5 +1,6 @@
 """The cache: what is read through it is what was published, and it never takes more room than it may."""
 
+import fcntl
 import json
 import os
 import subprocess
@@ -142,12 +143,15 @@ def test_the_least_recently_used_go_never_an_open_one_never_more_than_the_bound(
     opened: dict[int, int] = {}
 
     def make_room(number):
-        left = list(used)
-        while left and sum(SIZES[i] for i in used) + SIZES[number] > room:
-            oldest = left.pop(0)
-            if oldest not in opened:
-                del used[oldest]
-        return sum(SIZES[i] for i in used) + SIZES[number] <= room
+        left = OrderedDict(used)
+        for oldest in used:
+            if sum(SIZES[i] for i in left) + SIZES[number] > room and oldest not in opened:
+                del left[oldest]
+        if sum(SIZES[i] for i in left) + SIZES[number] > room:
+            return False  # and nothing was taken away in vain
+        for gone in set(used) - set(left):
+            del used[gone]
+        return True
 
     for action, number in steps:
         if action == "open" and number not in opened:
@@ -175,6 +179,52 @@ def test_the_least_recently_used_go_never_an_open_one_never_more_than_the_bound(
         assert bytes_of(base / "cache") <= room + overhead
     for file in opened.values():
         os.close(file)
+
+
+def test_files_that_are_not_the_caches_are_never_counted_nor_taken_away(tmp_path, folder):
+    root = made_up_set(tmp_path / "set", [b"a" * 1000, b"b" * 1000])
+    base, key = tmp_path / "cache", "0123456789abcdef" * 2
+    cache = ShardCache.open("test:/", base, 1000 + cached_overhead(root), store_of(root, folder))
+    os.close(cache.open_file("shard-000000.tar"))
+    with_dataset = [f"ucf101/{name}" for name in ("dataset.json", "shard-000000.tar", "index.bin")]
+    in_ours = [f"{cache.folder.name}/{name}" for name in ("UCF101.tar", "x.7.part", "splits/shard-000009.tar")]
+    foreign = [
+        *("UCF101.tar", "index.bin", "shard-000000.tar", "film.mp4.900.part", "downloads/shard-000000.tar"),
+        *(*with_dataset, f"{key}/shard-000000.tar", f"{key}/index.bin", f"below/{key}/dataset.json"),
+        *(f"below/{key}/shard-000000.tar", *in_ours, f"{cache.folder.name}/more/shard-000000.tar"),
+    ]
+    for name in foreign:
+        (base / name).parent.mkdir(parents=True, exist_ok=True)
+        (base / name).write_bytes(b"x" * 5000)
+        os.utime(base / name, (1, 1))
+    (base / ("f" * 32)).symlink_to(base / "ucf101")
+    os.close(cache.open_file("shard-000001.tar"))
+    assert not (cache.folder / "shard-000000.tar").exists()
+    assert [name for name in foreign if not (base / name).exists()] == []
+    assert bytes_of(base) == 1000 + cached_overhead(root)
+
+
+def test_room_is_waited_for_while_others_fetch_and_not_once_they_stand_still(tmp_path, folder, monkeypatch):
+    root = made_up_set(tmp_path / "set", [b"a" * 1000, b"b" * 1000])
+    cache = ShardCache.open("test:/", tmp_path / "cache", 1000 + cached_overhead(root), store_of(root, folder))
+    part = cache._part("shard-000000.tar")
+    clock = [0.0]
+    monkeypatch.setattr(cache_module.time, "monotonic", lambda: clock[0])
+    sleeps = []
+    with open(part, "wb") as fetched:
+        fcntl.flock(fetched, fcntl.LOCK_EX)  # as whoever fetches it
+
+        def sleep(_):
+            clock[0] += 0.9 * cache_module._ROOM_PATIENCE_S
+            sleeps.append(clock[0])
+            if len(sleeps) <= 10:
+                os.write(fetched.fileno(), b"a")
+
+        monkeypatch.setattr(cache_module.time, "sleep", sleep)
+        with pytest.raises(StoreError, match="no room for its"):
+            cache.open_file("shard-000001.tar")
+    assert len(sleeps) == 12
+    assert part.exists()
 
 
 class suppress_patience:
