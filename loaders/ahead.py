@@ -16,17 +16,20 @@ from typing import TypeAlias
 
 import numpy as np
 
+from loaders.cache import ShardCache
 from loaders.index import Index
 from loaders.request import Request
 
 logger = logging.getLogger(__name__)
 
 #: Requests whose shards are asked for ahead of need.
-_AHEAD = 32
+AHEAD = 32
 #: Part of the cache that those shards may take: what is read now must stay there too.
 _PART_AHEAD = 0.75
-#: Shards of a process that are fetched at a time.
+#: Shards of a process that are fetched at a time, and of those ahead of need that may be missing: each process of a
+#: machine fetches into the same cache.
 _THREADS = 4
+_MOST_MISSING = 8
 #: A thread that waits for a server ends with the process: it is not waited for any longer.
 _PATIENCE_S = 1.0
 
@@ -45,42 +48,36 @@ class Fetcher:
         self._asked: dict[int, int] = {}  # shard -> how urgently
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
-        self._stopped = False
+        self._stopped = threading.Event()
 
-    def ask(self, shards: list[int], *, now: bool) -> None:
-        """Have shards fetched that are not there, in this order; those that are count as used."""
+    def ask(self, shards: list[int], *, now: bool) -> int:
+        """Have shards fetched that are not there, in this order; those that are count as used, the first one last.
+        Returns how many are not there."""
         urgency = _NOW if now else _LATER
-        for shard in shards:
-            if not self._cache.touch(self._names[shard]) and self._asked.get(shard, 9) > urgency:
+        there = {shard for shard in reversed(shards) if self._cache.touch(self._names[shard])}
+        missing = [shard for shard in shards if shard not in there]
+        for shard in missing:
+            if self._asked.get(shard, 9) > urgency:
                 self._asked[shard] = urgency
                 self._tasks.put((urgency, next(self._count), shard))
                 self._start()
+        return len(missing)
 
     def _start(self) -> None:
         with self._lock:
-            if not self._threads and not self._stopped:
+            if not self._threads and not self._stopped.is_set():
+                means = (self._tasks, self._cache, self._names, self._asked, self._stopped)
                 self._threads = [
-                    threading.Thread(target=self._work, name=f"loader-fetch-{i}", daemon=True) for i in range(_THREADS)
+                    threading.Thread(target=_work, args=means, name=f"loader-fetch-{i}", daemon=True)
+                    for i in range(_THREADS)
                 ]
                 for thread in self._threads:
                     thread.start()
 
-    def _work(self) -> None:
-        while True:
-            _, _, shard = self._tasks.get()
-            if self._stopped:
-                return
-            try:
-                self._cache.fetch(self._names[shard], lambda: self._stopped)
-            except Exception as error:  # whoever needs it will meet the same, and say so
-                logger.debug("%s: %s", self._names[shard], error)
-            finally:
-                self._asked.pop(shard, None)
-
     def stop(self) -> None:
         """Begin nothing more, and end what is begun after the piece that is being read; it will go on from there."""
         with self._lock:
-            self._stopped = True
+            self._stopped.set()
         for _ in self._threads:
             self._tasks.put((0, next(self._count), 0))
 
@@ -94,23 +91,44 @@ class Fetcher:
     __del__ = stop
 
 
-def ahead(requests: Iterator[Request], index: Index, ask: Callable[[list[int]], None]) -> Iterator[Request]:
-    """The same requests. The shards of those that come are asked for while earlier ones are read, as many as the
-    cache holds."""
+def _work(
+    tasks: PriorityQueue[_Task], cache: ShardCache, names: list[str], asked: dict[int, int], stopped: threading.Event
+) -> None:
+    """What a thread does. It knows nothing of the Fetcher, which ends it when nobody needs it any more."""
+    while True:
+        _, _, shard = tasks.get()
+        if stopped.is_set():
+            return
+        try:
+            cache.fetch(names[shard], stopped.is_set)
+        except Exception as error:  # whoever needs it will meet the same, and say so
+            logger.debug("%s: %s", names[shard], error)
+        finally:
+            asked.pop(shard, None)
+
+
+def ahead(requests: Iterator[Request], index: Index, ask: Callable[[list[int]], int]) -> Iterator[Request]:
+    """The same requests. While earlier ones are read, the shards of those that come are asked for, as many as the
+    cache holds, and asked for again with every request: or those that were read last, and are needed no more, would
+    stay in the cache longer than those that were fetched ahead of need.
+
+    ask: called with shards, those needed next first. Returns how many are not there.
+    """
     if index.cache is None:
         return requests
     return _ahead(requests, index, ask, int(_PART_AHEAD * index.cache.max_bytes))
 
 
 def _ahead(
-    requests: Iterator[Request], index: Index, ask: Callable[[list[int]], None], max_bytes: int
+    requests: Iterator[Request], index: Index, ask: Callable[[list[int]], int], max_bytes: int
 ) -> Iterator[Request]:
     waiting: deque[tuple[Request, list[int]]] = deque()
     uses: Counter[int] = Counter()  # of shards, by the requests that wait
     num_bytes = 0
     more = True
     while True:
-        while more and len(waiting) <= _AHEAD and (num_bytes < max_bytes or not waiting):
+        missing = ask(list(dict.fromkeys(shard for _, shards in waiting for shard in shards)))
+        while more and len(waiting) <= AHEAD and (not waiting or (num_bytes < max_bytes and missing < _MOST_MISSING)):
             if (request := next(requests, None)) is None:
                 more = False
                 break
@@ -118,7 +136,7 @@ def _ahead(
             new = [shard for shard in shards if not uses[shard]]
             num_bytes += sum(index.shard_bytes[shard] for shard in new)
             uses.update(shards)
-            ask(new)
+            missing += ask(new)
             waiting.append((request, shards))
         if not waiting:
             return

@@ -162,10 +162,9 @@ class Source:
                 found = True
         return found
 
-    def ask(self, shards: list[int], *, now: bool = False) -> None:
-        """Tell that shards are needed, later or now; of a set in a folder they are there."""
-        if self._fetcher:
-            self._fetcher.ask(shards, now=now)
+    def ask(self, shards: list[int], *, now: bool = False) -> int:
+        """Tell that shards are needed, later or now. Returns how many are not there; of a set in a folder all are."""
+        return self._fetcher.ask(shards, now=now) if self._fetcher else 0
 
     def _read_runs(self, video: Ints, tau: Ints, steps: int) -> Encoded:
         entries = self.stored_entries(video, tau, steps)

@@ -102,7 +102,8 @@ def check_stream(
     if config.data.pool_shards:
         for data, videos in zip(tasks.sets, populations(tasks, spec), strict=True):
             pooled(videos, data.index, config.data.pool_shards, config.data.pool_steps)
-    check_cache([(data.index, data.rows) for data in tasks.sets], config.data.pool_shards, num_machines)
+    lists = [(data.index, data.rows) for data in tasks.sets]
+    check_cache(lists, config.data.pool_shards, num_machines, config.data.pool_steps)
     init = config.stream(stream).init
     if init and not (folder and checkpoint_files(folder / CHECKPOINT)):
         if not Path(init).is_file():

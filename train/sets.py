@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+from bisect import bisect_right
 from collections.abc import Sequence
+from math import isqrt
 
 import numpy as np
 import numpy.typing as npt
 
+from loaders.ahead import AHEAD
 from loaders.index import Index, open_index
 from train.settings import Config
 
@@ -15,10 +18,9 @@ logger = logging.getLogger(__name__)
 
 Ints = npt.NDArray[np.int64]
 
-#: Part of the cache that a pool of shards may take; those that come next, and those of tests, take the rest.
-_POOL_PART = 0.75
-#: What each of W machines holds of a pool, as a multiple of P / W: its arc's ends move (docs/throughput.md).
-_ARC = 2
+#: Shards beside those of the pool and those that come next: processes are some steps apart, and one that was drawn from
+#: rarely stays a little longer than the least recently used.
+_MORE = 8
 
 
 def open_set(config: Config, root: str = "") -> Index:
@@ -26,31 +28,49 @@ def open_set(config: Config, root: str = "") -> Index:
     return open_index(root or config.data.root, cache=config.data.cache, cache_gb=config.data.cache_gb)
 
 
-def check_cache(parts: Sequence[tuple[Index, Ints]], num_shards: int = 0, num_machines: int = 1) -> None:
+def check_cache(
+    parts: Sequence[tuple[Index, Ints]], num_shards: int = 0, num_machines: int = 1, num_steps: int = 1
+) -> None:
     """Raise ValueError if the cache cannot hold the shards of training lists, which would be fetched again and again.
 
     Args:
         parts: a stream's sets, each with the rows of its list. Sets in folders need no cache.
         num_shards: how many shards of each are drawn from at a time; 0: all.
         num_machines: each holds an arc of such a pool; but all of it without one.
+        num_steps: after so many steps a shard of the pool is exchanged.
     """
-    part = min(1.0, _ARC / num_machines) / _POOL_PART
     cached = [(index.cache, index, rows) for index, rows in parts if index.cache]
-    needed, fitting = 0, 0
-    for cache, index, rows in cached:
-        sizes = sorted((index.shard_bytes[shard] for shard in np.unique(index.shard[rows]).tolist()), reverse=True)
-        drawn = sum(sizes[:num_shards] if num_shards else sizes)
-        needed += cache.own_bytes + (int(drawn * part) if 0 < num_shards < len(sizes) else drawn)
-        fitting = int((cache.max_bytes - cache.own_bytes) / part / sizes[0] / len(cached))
-    if not cached or needed <= cached[0][0].max_bytes:
+    if not cached:
         return
+    sizes = [
+        np.sort(np.array(index.shard_bytes, np.int64)[np.unique(index.shard[rows])])[::-1] for _, index, rows in cached
+    ]
+    own, max_bytes = sum(cache.own_bytes for cache, _, _ in cached), cached[0][0].max_bytes
+
+    def needed(pool: int) -> int:
+        """Bytes for a pool of so many shards of each set; as many as there are, or 0: without one."""
+        held = held_shards(pool, num_machines) + -(-AHEAD // num_steps) + _MORE
+        return own + sum(int(of_set[: held if 0 < pool < len(of_set) else None].sum()) for of_set in sizes)
+
+    if needed(num_shards) <= max_bytes:
+        return
+    fitting = bisect_right(range(1, max(map(len, sizes)) + 1), max_bytes, key=needed)
     urls = ", ".join(cache.url for cache, _, _ in cached)
     drawn_from = f", {num_shards} at a time with those that come next" if num_shards else ""
     pool = f", or set data.pool_shards to {fitting} or less" if fitting else ""
     raise ValueError(
-        f"{urls}: training draws from {needed / 1e9:.4g} GB of shards{drawn_from}, and the cache holds "
-        f"data.cache_gb={cached[0][0].max_bytes / 1e9:.4g}. Raise data.cache_gb{pool}."
+        f"{urls}: training draws from {needed(num_shards) / 1e9:.4g} GB of shards{drawn_from}, and the cache holds "
+        f"data.cache_gb={max_bytes / 1e9:.4g}. Raise data.cache_gb{pool}."
     )
+
+
+def held_shards(num_shards: int, num_machines: int) -> int:
+    """The most shards of a pool that one of so many machines holds.
+
+    Its part, num_shards / num_machines, and what the ends of its arc add by moving: no more than this bound wherever
+    `benchmarks/draw_statistics.py` has counted them.
+    """
+    return min(num_shards, 2 * -(-num_shards // num_machines) + 2 * isqrt(num_shards))
 
 
 def log_cached(index: Index, stream: str) -> None:
