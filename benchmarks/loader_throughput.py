@@ -10,7 +10,6 @@ differs, or fails, is left out with its error, the others go on, and the exit st
     ours_k1, _k4, _k8 this project's loader; k stacks from each decoded window of L+k-1 fields (temporal)
     ours_k1_cold      --cold: the same, the shards evicted from the page cache before every round
     ours_k1_remote    --remote: the same, the set fetched from a web server of this machine, its cache warm
-    ours_k1_remote_cold   --remote: the cache emptied before every round
     torch_dataloader  torch's DataLoader over loose JPEG files, OpenCV, the best of --workers
     webdataset        the `webdataset` package over the shards, OpenCV, the best of --workers; a stack of each clip
                       read, so it reads far more than it decodes
@@ -66,9 +65,9 @@ from loaders.source import Source
 
 PEERS = ("torch_dataloader", "webdataset", "dali_textbook")
 TEMPORAL_ONLY = ("ours_k4", "ours_k8")
-REMOTE = ("ours_k1_remote", "ours_k1_remote_cold")
+REMOTE = "ours_k1_remote"
 NAMES = (
-    *("ours_k1", *TEMPORAL_ONLY, "ours_k1_cold", *REMOTE, *PEERS, "reference"),
+    *("ours_k1", *TEMPORAL_ONLY, "ours_k1_cold", REMOTE, *PEERS, "reference"),
     *("ceiling_decode", "ceiling_region", "ceiling_read", "ceiling_write"),
 )
 
@@ -101,8 +100,8 @@ def settings_of(name: str, job: Job, arguments: argparse.Namespace) -> tuple[Mak
     match name:
         case "ours_k1" | "ours_k1_cold":
             return ours, {"": replace(job, cold=name == "ours_k1_cold")}
-        case "ours_k1_remote" | "ours_k1_remote_cold":
-            return ours, {"": replace(job, url=arguments.url, cache=job.loose / name, cold=name.endswith("_cold"))}
+        case "ours_k1_remote":
+            return ours, {"": replace(job, url=arguments.url, cache=job.loose / name)}
         case "ours_k4" | "ours_k8":
             return ours, {"": replace(job, spec=replace(job.spec, stacks_per_window=int(name[-1])))}
         case "torch_dataloader":
@@ -273,7 +272,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--rows", nargs="+", choices=NAMES, metavar="NAME", help=f"of {', '.join(NAMES)} (default: all that fit)"
     )
     parser.add_argument("--cold", action="store_true", help="also ours_k1_cold; needs data larger than a round reads")
-    parser.add_argument("--remote", action="store_true", help="also ours_k1_remote and _cold, over HTTP on loopback")
+    parser.add_argument("--remote", action="store_true", help="also ours_k1_remote, over HTTP on loopback")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="that loads (default %(default)s)")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="samples (default %(default)s)")
     add_crop_px(parser)
@@ -302,9 +301,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     less = {"quick": arguments.quick, "generated": arguments.data is None, "partial": partial}
     arguments.out = result_path(arguments.out, "loader_throughput", **less)
     arguments.rows = arguments.rows or [
-        name
-        for name in NAMES
-        if (arguments.cold or name != "ours_k1_cold") and (arguments.remote or name not in REMOTE)
+        name for name in NAMES if (arguments.cold or name != "ours_k1_cold") and (arguments.remote or name != REMOTE)
     ]
     arguments.workers = arguments.workers or ([1] if arguments.quick else [1, 2, 3, 4])
     arguments.L = 10
@@ -327,7 +324,7 @@ def main(argv: list[str] | None = None) -> int:
         root = arguments.data or demo_set(folder, 256 if not arguments.quick else 64)
         config = {key: value for key, value in vars(arguments).items() if not isinstance(value, Path)}
         config |= {"data": describe_data(open_index(root), arguments.data is None)}
-        if set(REMOTE) & set(arguments.rows):
+        if REMOTE in arguments.rows:
             arguments.url = servers.enter_context(served(root))
         for stream in arguments.streams:
             done = table

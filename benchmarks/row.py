@@ -38,7 +38,7 @@ class Job:
     loose: folder with the members as files, of `peers.write_loose_files`.
     cores: threads, for rows that work with threads. workers: worker processes, for those that work with processes.
     region: decode only the crop, where a row has the choice.
-    cold: evict the shards' pages before the clock starts; of a cache of a store, all shards.
+    cold: evict the shards' pages before the clock starts.
     url, cache: the set's place behind a server, and the folder it is cached in, for rows that read it from there.
     """
 
@@ -182,10 +182,7 @@ def _serve(pipe: Any, make: Maker, job: Job) -> None:
 def _measure(batches: Iterator[Delivered | None], job: Job, seconds: float) -> Measured:
     """One turn. Worker processes deliver in turn and in bursts: the clock runs for whole rounds of theirs."""
     stride, count, batch = max(job.workers, 1), 0, None
-    if job.cold and job.url:
-        for shard in job.cache.rglob("*.tar"):
-            shard.unlink(missing_ok=True)
-    elif job.cold:
+    if job.cold:
         evict(job.root)
     for _ in range(max(READ_AHEAD if job.cold else WARM_UP, stride)):
         next(batches)
@@ -197,7 +194,7 @@ def _measure(batches: Iterator[Delivered | None], job: Job, seconds: float) -> M
         count += stride
     _synchronize(job)
     elapsed, after = time.perf_counter() - start, _counters()
-    if job.cold and not job.url:
+    if job.cold:
         read_through(job.root)  # other rows find the pages again
     num_samples = count * job.batch_size
     cpu_s, read_bytes = (_increase(before, after, key) for key in ("cpu_s", "read_bytes"))

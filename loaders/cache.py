@@ -6,7 +6,8 @@
     CACHE/KEY/shard-000001.tar.N.part        of N bytes in the end; what is there is kept and goes on
 
 All processes of a machine share it. Its files never have more than a bound of bytes, parts counted as what they will
-be; the least recently used ones make room. Other files in the folder are not looked at, whatever their names. Locks are those of the system on open files, and end with their process:
+be; the least recently used ones make room. Other files in the folder are not looked at, whatever their names. Locks are
+those of the system on open files, and end with their process:
 
     shared       a shard that is being read, an open set's index: not taken away, or it would take room unseen
     exclusive    a part that is being fetched: whoever else needs it waits for it
@@ -37,6 +38,8 @@ _PAUSES_S = (0.2, 1.0, 3.0, 8.0, 15.0, 30.0, 60.0)
 #: shard is read in milliseconds, but its fetch may take minutes.
 _ROOM_PATIENCE_S = 60.0
 _LOOK_S = 0.05
+#: A shard that is not what was published is not fetched again so soon, s: who goes past damage may ask at every step.
+_WRONG_S = 300.0
 _KEY = re.compile(r"[0-9a-f]{32}")
 #: Names of a set's files, and of their parts: in its folder, and in splits/.
 _GOES = re.compile(r"(?:shard-[0-9]{6,}\.tar|index\.bin)(?:\.([0-9]{1,18})\.part)?")
@@ -73,6 +76,7 @@ class ShardCache:
         self._files = _published(dataset, store.url)
         self.shard_names = [shard["name"] for shard in dataset["shards"]]
         self._sound: set[tuple[str, int]] = set()
+        self._wrong: dict[str, tuple[float, str]] = {}  # until when, and what is wrong
         own = (file.num_bytes for name, file in self._files.items() if name not in set(self.shard_names))
         self.own_bytes = len(content) + sum(own)
         self._content = content
@@ -198,6 +202,9 @@ class ShardCache:
 
     def _fetched(self, name: str, patience_s: float, stopped: Callable[[], bool]) -> int | None:
         """Descriptor of a file that was not there and now is, unless it is None: then look again."""
+        until, wrong = self._wrong.get(name, (0.0, ""))
+        if time.monotonic() < until:
+            raise ShardError(wrong)
         with self._plainly():
             file = self._reserve(name, patience_s)
             if file is None:
@@ -291,10 +298,12 @@ class ShardCache:
                 os.fsync(file)  # or a machine that loses power may find other bytes under the name
                 return True
             os.ftruncate(file, 0)  # what was there before may have been wrong
-        raise ShardError(
+        wrong = (
             f"{self.url}/{name}: its SHA-256 is {found}, dataset.json says {published.sha256}; fetched twice. Publish "
             "it again, from a set that `python -m flow.verify` finds whole."
         )
+        self._wrong[name] = time.monotonic() + _WRONG_S, wrong
+        raise ShardError(wrong)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

@@ -373,7 +373,7 @@ def view_loader(
     graph: Graph | None = None,
     timeout_s: float = 300.0,
 ) -> DaliLoader:
-    """All test views of the listed videos, once: num_taus starts x 10 crops (sec. 5), dealt out to the ranks.
+    """All test views of the listed videos, once: num_taus starts x 10 crops (sec. 5), to each rank a stretch.
 
     taus (len(rows),): one start for each row instead; rows may then name a video several times.
 

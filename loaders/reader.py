@@ -17,6 +17,8 @@ from loaders.source import Encoded, Source
 #: Batches that are read and checked ahead of the graph's own queue, and the threads that do it.
 _READ_AHEAD = 4
 _READERS = 2
+#: Looks, in the time that a wait may last, at whether anything is being fetched.
+_LOOKS = 10
 #: A read takes milliseconds: a thread that is not back by then hangs, and nobody waits for it any longer.
 _PATIENCE_S = 1.0
 
@@ -27,7 +29,8 @@ _Tasks = SimpleQueue[tuple[_Read, Callable[[], Any]] | None]
 class Reader:
     """Requests with their bytes, in order, read ahead by threads. What is taken is valid until `source.release`.
 
-    timeout_s: longest wait for a request's bytes. replacements: of damaged samples; without, damage is an error.
+    timeout_s: longest wait for a request's bytes; of a cache, while nothing is fetched into it.
+    replacements: of damaged samples; without, damage is an error.
     """
 
     def __init__(
@@ -60,9 +63,10 @@ class Reader:
         if not self._ahead:
             raise StopIteration
         request, read = self._ahead[0]
-        if not wait([read], self._timeout_s).done:
+        if not self._comes(read):
+            place = "server, of which nothing came," if self.source.index.cache else "file system"
             raise TimeoutError(
-                f"Waited {self._timeout_s:g} s for {self.source.waits() or 'a thread that reads'}. Is its file system "
+                f"Waited {self._timeout_s:g} s for {self.source.waits() or 'a thread that reads'}. Is its {place} "
                 "there? A run goes on from its last checkpoint; train.timeout_s sets a longer wait."
             )
         try:
@@ -76,6 +80,18 @@ class Reader:
             assert np.array_equal(taken.video, request.video) and np.array_equal(taken.tau, request.tau)
             request = taken  # of windows, with what has replaced earlier ones
         return request, encoded
+
+    def _comes(self, read: _Read) -> bool:
+        """Whether a read is done in time. Time does not count in which a cache gets bytes: a first pass fetches all of
+        a set, and what is needed may be far behind in a slow line."""
+        num_idle, before = 0, None
+        while not wait([read], self._timeout_s / _LOOKS).done:
+            now = self.source.progress()
+            num_idle = num_idle + 1 if before is None or now == before else 0
+            if num_idle >= _LOOKS:
+                return False
+            before = now
+        return True
 
     def put_back(self, requests: Sequence[Request]) -> None:
         """These requests, which have been taken, in this order, are next again."""

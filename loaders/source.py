@@ -148,7 +148,10 @@ class Source:
                 return self._read_runs(video, tau, steps)
             except (SampleError, OSError) as error:
                 self._num_failures += 1
-                if not isinstance(error, SampleError) or not self._repair(video[list(error.runs)], repaired):
+                # What could not be fetched is not repaired by fetching it once more.
+                if not isinstance(error, SampleError) or isinstance(error.__cause__, FileNotFoundError | ShardError):
+                    raise
+                if not self._repair(video[list(error.runs)], repaired):
                     raise
 
     def _repair(self, video: Ints, repaired: set[int]) -> bool:
@@ -165,6 +168,10 @@ class Source:
     def ask(self, shards: list[int], *, now: bool = False) -> int:
         """Tell that shards are needed, later or now. Returns how many are not there; of a set in a folder all are."""
         return self._fetcher.ask(shards, now=now) if self._fetcher else 0
+
+    def progress(self) -> frozenset[Any]:
+        """What the cache has: it changes while anything is fetched. Of a set in a folder it never does."""
+        return self.index.cache.progress() if self.index.cache else frozenset()
 
     def _read_runs(self, video: Ints, tau: Ints, steps: int) -> Encoded:
         entries = self.stored_entries(video, tau, steps)
@@ -249,11 +256,13 @@ class Source:
     @contextmanager
     def _waiting(self, read: "_Read") -> Iterator[int]:
         """The shard's descriptor, while `waits` tells that this thread waits for it. Raises SampleError if it is gone,
-        or cannot be read there."""
+        or cannot be read there, or is another one in the store than was packed."""
         thread = threading.get_ident()
         self._waits[thread] = read
         try:
             yield self._file(read.shard)
+        except ShardError as error:  # of the cache
+            raise SampleError(f"{self.where(read.video, read.tau, read.step, 0)}: {error}", (read.run,)) from error
         except OSError as error:
             if error.errno not in _GONE:
                 raise

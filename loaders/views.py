@@ -1,4 +1,4 @@
-"""Which test samples: the 25 stacks of a video, ten views of each (sec. 5), dealt out to the ranks."""
+"""Which test samples: the 25 stacks of a video, ten views of each (sec. 5), a stretch for each rank."""
 
 from collections.abc import Iterator
 
@@ -49,14 +49,16 @@ def enumerate_views(
     """Test samples of one rank, in batches of (video, tau) pairs; each stands for its ten views.
 
     taus (len(rows),): a tau for each row, which may come several times, in the place of num_taus for each of them.
-    All pairs in list order are dealt out in runs of batch_size: batch b of rank r has run b * world_size + r. Every
-    rank gives the same number of batches; the last ones are padded with invalid copies of the first pair.
+    All pairs in list order are cut into runs of batch_size, and each rank has one stretch of them: batch b of rank r is
+    run r * num_batches + b. So a rank needs no more shards than those of its own videos. Every rank gives the same
+    number of batches; the last ones are padded with invalid copies of the first pair.
     """
     check_crop(index, rows, spec)
     num_taus = num_taus if taus is None else 1
     total = len(rows) * num_taus
-    for batch in range(num_view_batches(total, batch_size, world_size)):
-        pair = (batch * world_size + rank) * batch_size + np.arange(batch_size)
+    num_batches = num_view_batches(total, batch_size, world_size)
+    for batch in range(num_batches):
+        pair = (rank * num_batches + batch) * batch_size + np.arange(batch_size)
         valid = pair < total
         pair = np.where(valid, pair, 0)
         video = np.asarray(rows, np.int64)[pair // num_taus]

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 from collections import OrderedDict
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,6 +28,7 @@ from loaders.ahead import ahead
 from loaders.batch import StreamSpec
 from loaders.cache import ShardCache, default_folder
 from loaders.draw import Population, draw_batch, population
+from loaders.reader import Reader
 from loaders.request import requests
 from loaders.shard_pool import pooled
 from loaders.source import SampleError, Source
@@ -393,7 +394,15 @@ def test_bytes_that_came_wrong_are_fetched_again_once(tmp_path, monkeypatch):
         ShardError, match=rf"shard-000001.tar: its SHA-256 is \w+, dataset.json says {sha256}; .*verify"
     ):
         cache.open_file("shard-000001.tar")
-    assert folder.asked("shard-000001.tar") == 20_000
+    for ask in (cache.open_file, lambda name: cache.fetch(name, lambda: False)):
+        with pytest.raises(ShardError, match="its SHA-256 is"):
+            ask("shard-000001.tar")
+    assert folder.asked("shard-000001.tar") == 20_000  # no more for some minutes
+    later = cache_module.time.monotonic() + 2 * cache_module._WRONG_S
+    monkeypatch.setattr(cache_module.time, "monotonic", lambda: later)
+    with pytest.raises(ShardError, match="its SHA-256 is"):
+        cache.open_file("shard-000001.tar")
+    assert folder.asked("shard-000001.tar") == 40_000
     assert not (cache.folder / "shard-000001.tar").exists()
 
 
@@ -472,7 +481,7 @@ def test_a_full_disk_is_a_plain_error_after_which_it_goes_on(root, tmp_path, fol
         open_cached(root, tmp_path / "file", folder)
 
 
-def test_a_shard_that_the_store_lacks_is_named(root, tmp_path, folder):
+def test_a_shard_that_the_store_lacks_is_named(root, tmp_path, folder, caplog):
     broken = published(root, tmp_path / "broken")
     cached = open_cached(broken, tmp_path / "cache", folder)
     (broken / cached.shards[2]).unlink()
@@ -481,6 +490,50 @@ def test_a_shard_that_the_store_lacks_is_named(root, tmp_path, folder):
     with pytest.raises(SampleError, match=r"shard-000002.tar: .* cannot be read \(no such file in the store\)"):
         source.read(np.array([row]), np.array([0]), 1)
     source.close()
+    assert not caplog.records  # no copy is damaged
+
+
+def test_a_shard_that_is_not_what_was_packed_is_gone_past_if_damage_is(root, tmp_path, folder):
+    """As in a folder: the same samples take the place of the same ones."""
+    broken = published(root, tmp_path / "broken")
+    cached, local = open_cached(broken, tmp_path / "cache", folder), index.open_index(broken)
+    (row,) = local.rows(["run/long"])
+    name = local.shards[local.shard[row]]
+    for entry in local.entries["rgb"][local.first_row[row] : local.first_row[row] + local.num_frames[row]]:
+        flip(broken / name, int(entry["offset"]) + 500)
+    rows, means = local.split("split1_train"), {"seed": 3, "batch_size": 8}
+    with reference.train_loader(cached, rows, SPATIAL, **means) as loader:
+        with pytest.raises(SampleError, match=rf"{name}: run/long/.* its SHA-256 is .* fetched twice"):
+            for _ in range(9):
+                next(loader)
+    means |= {"on_damage": "skip", "max_damaged_pct": 50.0}
+    with (
+        reference.train_loader(local, rows, SPATIAL, **means) as expected,
+        reference.train_loader(cached, rows, SPATIAL, **means) as found,
+    ):
+        for _ in range(9):
+            assert_same(next(found), next(expected))
+        assert found.num_replaced == expected.num_replaced > 0
+
+
+def test_a_wait_is_over_when_nothing_is_fetched_not_while_bytes_come(root, tmp_path, folder):
+    """A shard that comes later than the time-out, while others do, is no error."""
+    source = Source(open_cached(root, tmp_path / "cache", folder), SPATIAL)
+    reader = Reader(source, iter(()), timeout_s=0.5)
+    part, done = source.index.cache._part(source.index.shards[0]), Future()
+
+    def fetch():
+        for number in range(20):
+            part.write_bytes(b"a" * number)
+            threading.Event().wait(0.05)
+        done.set_result(None)
+
+    thread = threading.Thread(target=fetch)
+    thread.start()
+    assert reader._comes(done)
+    thread.join()
+    assert not reader._comes(Future())
+    reader.close()
 
 
 # --- sets of strangers -------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from loaders import dali_loader, reference
 from loaders.batch import FLOW_SCALE, RGB_STD, StreamSpec
 from loaders.index import open_index
 from loaders.pipeline import Graph
-from loaders.views import VIEWS
+from loaders.views import VIEWS, enumerate_views
 from tests.conftest import pack_arrays
 
 SPECS = [
@@ -175,6 +175,22 @@ def test_short_videos_are_left_out_of_training_and_repeat_their_last_field_in_te
     stack = batch.inputs[0].reshape(5, 2, 60, 60)
     assert torch.equal(stack[2], stack[3]) and torch.equal(stack[2], stack[4])
     assert not torch.equal(stack[1], stack[2])
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5, 40])
+def test_ranks_have_the_views_of_one_in_stretches_of_the_list(packed, world_size):
+    index = open_index(packed)
+    rows = index.split("split1_test")
+
+    def pairs(rank, world_size):
+        means = {"num_taus": 4, "batch_size": 3, "rank": rank, "world_size": world_size}
+        drawn = [
+            np.stack([draw.video, draw.tau], 1)[draw.valid] for draw in enumerate_views(index, rows, SPECS[1], **means)
+        ]
+        return np.concatenate(drawn).tolist()
+
+    assert sum((pairs(rank, world_size) for rank in range(world_size)), []) == pairs(0, 1)
+    assert len(pairs(0, 1)) == 4 * len(rows)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

@@ -125,7 +125,7 @@ def score_videos(
     slot_of_row[rows] = np.arange(len(rows))
     loader = loader_module(config).view_loader(
         index,
-        rows[np.argsort(index.shard[rows], kind="stable")],  # a shard is read, or fetched, once
+        rows[np.argsort(index.shard[rows], kind="stable")],  # so each is read by one rank, or two
         stream_spec(config, stream),
         num_taus=num_taus,
         batch_size=config.eval.batch_size,
