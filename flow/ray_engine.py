@@ -16,8 +16,10 @@ until it has outlived a handful of nodes.
 import hashlib
 import os
 import secrets
+import signal
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -100,6 +102,7 @@ class RayEngine:
         except BaseException:
             self._leave()
             raise
+        _restore_signals()
         # max_calls: a process goes on to the next task, also one that has opened a GPU.
         self._plain = self._ray.remote(num_cpus=1, max_retries=0, max_calls=0)(_work)
         self._proof = self._ray.remote(num_cpus=1, max_retries=_NODE_DEATHS)(prove)
@@ -323,6 +326,14 @@ def _import_ray() -> ModuleType:
         raise ImportError("The engine ray needs Ray: pip install 'two-stream[ray]'.") from None
     module: ModuleType = ray
     return module
+
+
+def _restore_signals() -> None:
+    """Have this process's handlers called again: Ray puts its own below Python's, which still believes in the others."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
+            if (handler := signal.getsignal(number)) is not None:
+                signal.signal(number, handler)
 
 
 def _line(error: BaseException) -> str:

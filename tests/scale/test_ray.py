@@ -258,7 +258,8 @@ def test_stopped_and_gone_on_with_by_the_other_engine(cluster, worker, videos, l
         found, output = finish(process)
         assert found == code, output
         if stop != signal.SIGKILL:
-            assert "Stopped. The same command goes on with the shards that are left.\n" in output
+            stopped = "Stopped. The same command goes on with the shards that are left."
+            assert [line for line in output.splitlines() if line][-1] == stopped and "received" not in output, output
         assert processes.wait_until(lambda: not worker.works()), "a task outlives its pack"
         assert before and not (out / "dataset.json").exists()
         assert pack.main(arguments(videos, out)) == 0
@@ -279,6 +280,7 @@ def test_a_node_that_is_killed_costs_nothing(cluster, worker, videos, local, tmp
         process = run(cluster, videos, tmp_path / "set")
         assert processes.wait_until(lambda: shards(tmp_path / "set") or process.poll() is not None)
         assert processes.wait_until(lambda: dies.works() or process.poll() is not None)
+        assert process.poll() is None and dies.works(), "there is nothing to kill any more"
         dies.end(kill=True)
         code, output = finish(process)
         assert code == 0, output
