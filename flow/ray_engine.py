@@ -15,6 +15,7 @@ until it has outlived a handful of nodes.
 
 import hashlib
 import os
+import re
 import secrets
 import signal
 import socket
@@ -148,6 +149,9 @@ class RayEngine:
         self._join()
         try:
             ref = self._proof.options(**self._options()).remote(self._method, self._device, dict(parameters))
+            # Waited for in turns: a task that is only asked for would keep the thread from all else.
+            while not self._ready({ref: None}):
+                pass
             metadata: dict[str, Any] = self._get(ref)
             return metadata
         except BaseException:
@@ -221,23 +225,40 @@ class RayEngine:
     def _outcome(self, ref: Any, attempt: "_Attempt") -> "_Outcome | None":
         """What a task returned; None, which is noted, if its process or node died."""
         exceptions = self._ray.exceptions
+        crashes = (exceptions.WorkerCrashedError, exceptions.OutOfMemoryError)
+        deaths = (exceptions.NodeDiedError, exceptions.ObjectLostError)
         try:
-            outcome: _Outcome = self._get(ref)
-        except (exceptions.WorkerCrashedError, exceptions.OutOfMemoryError):
+            outcome: _Outcome = self._get(ref, crashes + deaths)
+        except crashes:
             attempt.num_crashes += 1
-        except (exceptions.NodeDiedError, exceptions.ObjectLostError):
+        except deaths:
             attempt.num_node_deaths += 1
             attempt.due_s = time.monotonic() + _NODE_DEATH_S
         else:
             return outcome
         return None
 
-    def _get(self, ref: Any) -> Any:
-        """The result of a task. Raises what it raised."""
+    def _get(self, ref: Any, dealt_with: tuple[type[Exception], ...] = ()) -> Any:
+        """The result of a task that is done. Raises what it raised; ValueError for errors of Ray's own, but these."""
         try:
             return self._ask(self._ray.get, ref)
+        except dealt_with:
+            raise
         except self._ray.exceptions.RayTaskError as error:
-            raise _import_failure(error) or error.cause or error from None
+            raise self._task_error(error) from None
+        except self._ray.exceptions.RayError as error:
+            raise ValueError(_node_failure(error, None)) from None
+
+    def _task_error(self, error: Any) -> Exception:
+        """What to raise for an error that a task raised, or Ray in its place."""
+        cause = error.cause
+        if isinstance(cause, OSError) and cause.strerror:
+            return OSError(cause.errno, f"{cause.strerror} on node {error.ip}", cause.filename)
+        own = isinstance(cause, self._ray.exceptions.RayError)
+        if own or isinstance(cause, ImportError) or str(cause).startswith(_NO_FUNCTION):
+            return ValueError(_node_failure(cause, error.ip))
+        found: Exception = cause or error
+        return found
 
     def _accept(self, task: Task, outcome: "_Outcome", identity: Mapping[str, str]) -> Any:
         """The result, once it is sure that it is what it would be here; the fragment is in its place then."""
@@ -329,7 +350,7 @@ def _import_ray() -> ModuleType:
 
 
 def _restore_signals() -> None:
-    """Have this process's handlers called again: Ray puts its own below Python's, which still believes in the others."""
+    """Have this process's handlers called again: Ray puts its own in their place, of which Python knows nothing."""
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
             if (handler := signal.getsignal(number)) is not None:
@@ -342,11 +363,18 @@ def _line(error: BaseException) -> str:
     return first if first.endswith(".") else f"{first}."
 
 
-def _import_failure(error: Any) -> ValueError | None:
-    """What to say if a node lacks this package."""
-    if not isinstance(error.cause, ImportError):
-        return None
-    return ValueError(f"Node {error.ip} lacks a package: {_line(error.cause)} Install two-stream on every node.")
+#: How Ray's RuntimeError begins for a function whose module a node lacks.
+_NO_FUNCTION = "The remote function failed to import"
+
+
+def _node_failure(error: Exception, ip: str | None) -> str:
+    """What to say of an error that is no task's: what came, on which node if that is known, and what to do."""
+    node = f"node {ip}" if ip else "a node"
+    if missing := re.search(r"No module named '[^']*'", str(error)):
+        return f"Ray, on {node}: {missing[0]}. Install two-stream on every node."
+    if isinstance(error, ImportError) or str(error).startswith(_NO_FUNCTION):
+        return f"Ray, on {node}: {_line(error)} Install two-stream on every node."
+    return f"Ray, on {node}: {type(error).__name__}: {_line(error)} See `ray status`; the same command goes on."
 
 
 # --- on a node ---------------------------------------------------------------------------------------------------
@@ -392,7 +420,11 @@ def _work(job: _Job, task: Any) -> _Outcome:
         return _Outcome(_node(), identity, sizes, result, _size(task.fragment), None, error)
     with tempfile.TemporaryDirectory(prefix="two-stream-") as scratch:
         fragment = Path(scratch, task.fragment.name)
-        result, error = _call(job, replace(task, fragment=fragment))
+        try:
+            result, error = _call(job, replace(task, fragment=fragment))
+        except OSError as failure:
+            failure.filename = failure.filename or tempfile.gettempdir()  # and not the pack's folder
+            raise
         content = np.fromfile(fragment, np.uint8) if fragment.exists() else None
     return _Outcome(_node(), identity, sizes, result, None, content, error)
 

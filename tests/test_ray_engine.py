@@ -13,7 +13,19 @@ from flow.ray_engine import RayEngine
 from flow.video import write_video
 from tests.test_video import moving_frames
 
-EXCEPTIONS = ("RayTaskError", "WorkerCrashedError", "OutOfMemoryError", "NodeDiedError", "ObjectLostError")
+EXCEPTIONS = ("WorkerCrashedError", "OutOfMemoryError", "NodeDiedError", "ObjectLostError", "RaySystemError")
+
+
+class RayError(Exception):
+    pass
+
+
+class RayTaskError(RayError):
+    ip = "10.0.0.7"
+
+    def __init__(self, cause):
+        super().__init__("a traceback")
+        self.cause = cause
 
 
 class FakeRay:
@@ -23,7 +35,8 @@ class FakeRay:
     """
 
     def __init__(self, **deaths):
-        self.exceptions = SimpleNamespace(**{name: type(name, (Exception,), {}) for name in EXCEPTIONS})
+        self.exceptions = SimpleNamespace(**{name: type(name, (RayError,), {}) for name in EXCEPTIONS})
+        self.exceptions.RayError, self.exceptions.RayTaskError = RayError, RayTaskError
         self.deaths = {name: list(kinds) for name, kinds in deaths.items()}
         self.util = SimpleNamespace(get_node_ip_address=lambda: "10.0.0.7")
         self.attempts, self.joined = [], 0
@@ -54,8 +67,12 @@ class FakeRay:
         job, task = ref.arguments
         self.attempts.append((task.fragment.name, job.alone))
         if self.deaths.get(task.fragment.name):
-            raise getattr(self.exceptions, self.deaths[task.fragment.name].pop(0))
-        return ref.function(job, task)
+            death = self.deaths[task.fragment.name].pop(0)
+            raise getattr(self.exceptions, death) if isinstance(death, str) else death
+        try:
+            return ref.function(job, task)
+        except Exception as error:
+            raise RayTaskError(error) from None
 
 
 @dataclasses.dataclass(eq=False)
@@ -200,5 +217,35 @@ def test_an_exception_of_a_task_is_raised_and_the_cluster_is_left(tasks, ray):
     fake = ray()
     with pytest.raises(FileNotFoundError):
         tasks[1] = dataclasses.replace(tasks[1], fragment=tasks[1].fragment.parent / "none" / "b")
+        list(RayEngine("dis", None, None, None).run(write_fragment, tasks))
+    assert fake.joined == 0
+
+
+def system_error(text):
+    return type("RaySystemError", (RayError,), {})(text)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (
+            RayTaskError(ModuleNotFoundError("No module named 'flow'")),
+            ValueError,
+            r"node 10\.0\.0\.7: No module.*Install",
+        ),
+        (RayTaskError(system_error("System error: No module named 'flow'\n  File")), ValueError, "10.0.0.7: No module"),
+        (
+            RayTaskError(RuntimeError("The remote function failed to import on the worker:\n\nNo module named 'flow'")),
+            ValueError,
+            "10.0.0.7: No module named 'flow'. Install two-stream on every node",
+        ),
+        (system_error("the disk is full\nof files"), ValueError, "on a node: RaySystemError: the disk is full. See"),
+        (RayTaskError(OSError(28, "No space left")), OSError, r"No space left on node 10\.0\.0\.7"),
+        (RayTaskError(KeyError("x")), KeyError, "x"),
+    ],
+)
+def test_errors_of_ray_and_of_nodes_say_where_and_what_to_do(tasks, ray, error, kind, message):
+    fake = ray(b=[error])
+    with pytest.raises(kind, match=message):
         list(RayEngine("dis", None, None, None).run(write_fragment, tasks))
     assert fake.joined == 0
