@@ -5,6 +5,7 @@ with holes for the images would not do: of each member it keeps a header, which 
 many a component.
 """
 
+import hashlib
 import io
 import json
 import zipfile
@@ -19,6 +20,8 @@ from flow.clips import read_clips
 from flow.shard import KINDS, ClipEntry, ClipHeader, write_bytes
 from flow.untrusted import open_regular
 
+#: Of a SHA-256, which is first in the file: zip's own sums cover its members only, and damage raises many things.
+_DIGEST_BYTES = 32
 _HEADER = [field.name for field in fields(ClipHeader)]
 
 
@@ -39,13 +42,17 @@ def write_husk(shard: Path, husk: Path) -> None:
     }
     content = io.BytesIO()
     np.savez_compressed(content, headers=np.frombuffer(json.dumps(headers).encode(), np.uint8), **arrays)
-    write_bytes(husk, content.getvalue())
+    write_bytes(husk, hashlib.sha256(content.getvalue()).digest() + content.getvalue())
 
 
 def read_husk(husk: Path) -> Iterator[ClipEntry]:
     """Every clip of the shard, as `flow.clips.read_clips` has them. Raises ValueError if the husk is damaged."""
     try:
-        with open_regular(husk) as file, np.load(file, allow_pickle=False) as content:
+        with open_regular(husk) as file:
+            digest, packed = file.read(_DIGEST_BYTES), file.read()
+        if hashlib.sha256(packed).digest() != digest:
+            raise ValueError("its SHA-256 is another")
+        with np.load(io.BytesIO(packed), allow_pickle=False) as content:
             headers = json.loads(content["headers"].tobytes())
             arrays = {kind: content[kind] for kind in content.files if kind != "headers"}
         at = dict.fromkeys(arrays, 0)

@@ -14,6 +14,7 @@ until it has outlived a handful of nodes.
 """
 
 import hashlib
+import logging
 import os
 import re
 import secrets
@@ -43,12 +44,16 @@ from flow.pool import default_num_workers, run_alone
 from flow.resume import PackTask
 from flow.video import import_cv2
 
+logger = logging.getLogger(__name__)
+
 Task = TypeVar("Task", bound=PackTask)
 Result = TypeVar("Result")
 
 #: Longest wait until a signal is heard, and until nodes that came are given work.
 _POLL_S = 0.5
 _COUNT_NODES_S = 5.0
+#: Time without a result after which it is said that there may be no room for tasks.
+_SILENCE_S = 60.0
 #: Nodes that may die under a task before it is suspected, and again when it runs alone.
 _NODE_DEATHS = 5
 #: Wait after one: for so long the cluster may still send tasks to the dead node.
@@ -67,6 +72,7 @@ class RayEngine:
 
     def __init__(self, method: str | None, num_workers: int | None, num_gpus: int | None, address: str | None) -> None:
         self._ray = _import_ray()
+        self._check_free()
         if address is not None and "://" in address:
             raise ValueError(
                 f"ray_address={address!r}: expected HOST:PORT, or auto. Run the command on a node of the cluster, not "
@@ -75,6 +81,7 @@ class RayEngine:
         self._method, self._num_workers, self._address = method, num_workers, address
         self._num_cpus, self._counted_s = 0.0, 0.0
         self._joined = False
+        self._silence_s, self._silence_told = 0.0, False
         self._thread = ThreadPoolExecutor(1)
         try:
             self.num_gpus = count_gpus(method, num_gpus, self._count_gpus)
@@ -84,9 +91,17 @@ class RayEngine:
 
     # --- the cluster ---------------------------------------------------------------------------------------------
 
+    def _check_free(self) -> None:
+        if self._ray.is_initialized():
+            raise ValueError(
+                "Ray is in use in this process, and a pack begins and ends it. Call ray.shutdown() first, or pack in "
+                "a process of its own."
+            )
+
     def _join(self) -> None:
         if self._joined:
             return
+        self._check_free()
         # Of a cluster that is started here; that of another is its owner's affair.
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
         own: dict[str, Any] = {"num_cpus": self._num_workers or default_num_workers(), "include_dashboard": False}
@@ -170,7 +185,7 @@ class RayEngine:
     ) -> Generator[tuple[Task, Result | None], None, None]:
         """As `flow.pool.run_pool`. Raises ValueError if a node would not yield the same bytes, or reads other files."""
         self._join()
-        identity = node_identity(self._cpu_method)
+        identity = dict(node_identity(self._method, compare_field=not self.num_gpus))
         start = partial(self._start, function, _Token(), on_error is not None)
         todo = iter(tasks)
         running: dict[Any, _Attempt] = {}
@@ -201,15 +216,11 @@ class RayEngine:
             self._leave()
             raise
 
-    @property
-    def _cpu_method(self) -> str | None:
-        """The method whose fields nodes must agree on; GPUs are left out."""
-        return None if self.num_gpus else self._method
-
     def _start(
         self, function: Callable[[Task], Any], token: "_Token", fails: bool, task: Task, alone: bool = False
     ) -> Any:
-        job = _Job(function, os.getcwd(), token.in_folder(task.fragment.parent), self._cpu_method, fails, alone)
+        place = os.getcwd(), token.in_folder(task.fragment.parent)
+        job = _Job(function, *place, self._method, self.num_gpus > 0, fails, alone)
         return self._plain.options(**self._options()).remote(job, task)
 
     def _ready(self, running: Mapping[Any, Any]) -> list[Any]:
@@ -217,10 +228,25 @@ class RayEngine:
         if not running:
             time.sleep(_POLL_S)
             return []
+        asked_s = time.monotonic()
         done, _ = self._ask(self._ray.wait, list(running), timeout=_POLL_S)
+        self._note_silence(0.0 if done else time.monotonic() - asked_s)
         if done:
             done, _ = self._ask(self._ray.wait, list(running), num_returns=len(running), timeout=0)
         return list(done)
+
+    def _note_silence(self, waited_s: float) -> None:
+        """Say once that nothing is done for long: Ray waits for a free core or GPU without a word, and without end."""
+        self._silence_s = self._silence_s + waited_s if waited_s else 0.0
+        if self._silence_s >= _SILENCE_S and not self._silence_told:
+            self._silence_told = True
+            there, free = self._ray.cluster_resources(), self._ray.available_resources()
+            logger.warning(
+                "%.0f s without a result; free are %g of the cluster's %g cores, and %g of its %g GPUs. A task that "
+                "finds none waits: `ray status` tells what runs",
+                self._silence_s,
+                *(table.get(kind, 0) for kind in ("CPU", "GPU") for table in (free, there)),
+            )
 
     def _outcome(self, ref: Any, attempt: "_Attempt") -> "_Outcome | None":
         """What a task returned; None, which is noted, if its process or node died."""
@@ -260,13 +286,15 @@ class RayEngine:
         found: Exception = cause or error
         return found
 
-    def _accept(self, task: Task, outcome: "_Outcome", identity: Mapping[str, str]) -> Any:
+    def _accept(self, task: Task, outcome: "_Outcome", identity: dict[str, str]) -> Any:
         """The result, once it is sure that it is what it would be here; the fragment is in its place then."""
+        if "GPU" in outcome.identity:  # this machine need not have one: that of the first task counts
+            identity.setdefault("GPU", outcome.identity["GPU"])
         if outcome.identity != identity:
             keys = sorted(
                 key for key in {*identity, *outcome.identity} if identity.get(key) != outcome.identity.get(key)
             )
-            differing = "; ".join(f"{key} {outcome.identity.get(key)}, here {identity.get(key)}" for key in keys)
+            differing = "; ".join(f"{key} {outcome.identity.get(key)}, and not {identity.get(key)}" for key in keys)
             raise ValueError(
                 f"Node {outcome.node} would pack other bytes: {differing}. Install the same versions on every node, of "
                 "machines of one kind; the same command goes on."
@@ -292,7 +320,7 @@ class RayEngine:
         self,
         start: Callable[[Task], Any],
         task: Task,
-        identity: Mapping[str, str],
+        identity: dict[str, str],
         on_error: Callable[[Task, RuntimeError], Result] | None,
     ) -> Result | None:
         attempt = _Attempt(task)
@@ -384,14 +412,15 @@ def _node_failure(error: Exception, ip: str | None) -> str:
 class _Job:
     """What a task is given besides itself.
 
-    folder: that relative paths begin at. token: of the fragment's folder. method: whose field is compared, or None.
-    fails: a RuntimeError ends the process. alone: in a process of its own.
+    folder: that relative paths begin at. token: of the fragment's folder. method: of flow, or None. on_gpu: it runs on
+    one; else its field is compared. fails: a RuntimeError ends the process. alone: in a process of its own.
     """
 
     function: Callable[[Any], Any]
     folder: str
     token: str
     method: str | None
+    on_gpu: bool
     fails: bool
     alone: bool
 
@@ -414,7 +443,9 @@ def _work(job: _Job, task: Any) -> _Outcome:
     """Do one task on a node."""
     with suppress(OSError):
         os.chdir(job.folder)
-    identity, sizes = node_identity(job.method), _sizes(task)
+    identity, sizes = node_identity(job.method, compare_field=not job.on_gpu), _sizes(task)
+    if job.on_gpu:
+        identity = {**identity, "GPU": _gpu()}
     if _sees(task.fragment.parent, job.token):
         result, error = _call(job, task)
         return _Outcome(_node(), identity, sizes, result, _size(task.fragment), None, error)
@@ -471,10 +502,10 @@ def _node() -> str:
 
 
 @lru_cache
-def node_identity(method: str | None) -> dict[str, str]:
+def node_identity(method: str | None, *, compare_field: bool) -> dict[str, str]:
     """What the bytes of a fragment depend on besides its task: the code, its libraries, and how this processor rounds.
 
-    method: of flow on the CPU, of which a field is compared; None: none is.
+    method: of flow, or None. compare_field: with one of its fields, computed on the CPU.
     """
     sources = sorted(Path(__file__).parent.glob("*.py"))
     identity = {
@@ -484,9 +515,16 @@ def node_identity(method: str | None) -> dict[str, str]:
     }
     if method in GPU_METHODS:
         identity["torch"] = _version("torch")
-    if method is not None:
+    if method is not None and compare_field:
         identity[f"{method} field"] = hashlib.sha256(flow_method(method)(*sample_pair()).tobytes()).hexdigest()[:12]
     return identity
+
+
+def _gpu() -> str:
+    """The kind of GPU that this task was given."""
+    import torch
+
+    return str(torch.cuda.get_device_name()) if torch.cuda.is_available() else "none"
 
 
 def _version(package: str) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+import tempfile
 from types import SimpleNamespace
 
 import pytest
@@ -39,7 +40,7 @@ class FakeRay:
         self.exceptions.RayError, self.exceptions.RayTaskError = RayError, RayTaskError
         self.deaths = {name: list(kinds) for name, kinds in deaths.items()}
         self.util = SimpleNamespace(get_node_ip_address=lambda: "10.0.0.7")
-        self.attempts, self.joined = [], 0
+        self.attempts, self.joined, self.num_gpus, self.num_silent = [], 0, 0.0, 0
 
     def init(self, **_):
         self.joined += 1
@@ -47,8 +48,14 @@ class FakeRay:
     def shutdown(self):
         self.joined -= 1
 
+    def is_initialized(self):
+        return self.joined > 0
+
     def cluster_resources(self):
-        return {"CPU": 2.0}
+        return {"CPU": 2.0, "GPU": self.num_gpus}
+
+    def available_resources(self):
+        return {"GPU": self.num_gpus}
 
     def get_runtime_context(self):
         return SimpleNamespace(get_node_id=lambda: "0123456789")
@@ -61,6 +68,9 @@ class FakeRay:
         return lambda *arguments: _Ref(function, arguments)
 
     def wait(self, refs, num_returns=1, timeout=None):
+        if self.num_silent and timeout:
+            self.num_silent -= 1
+            return [], refs
         return refs[:num_returns], refs[num_returns:]
 
     def get(self, ref):
@@ -184,13 +194,14 @@ def test_a_node_that_differs_is_named(tasks, ray, monkeypatch):
     identity = ray_engine.node_identity
     calls = []
 
-    def other(method):
+    def other(method, compare_field):
         calls.append(method)
-        return {**identity(method), "opencv": "4.0.0"} if len(calls) > 1 else identity(method)
+        found = identity(method, compare_field=compare_field)
+        return {**found, "opencv": "4.0.0"} if len(calls) > 1 else found
 
     monkeypatch.setattr(ray_engine, "node_identity", other)
     with pytest.raises(
-        ValueError, match=r"Node .*10\.0\.0\.7, 01234567\) would pack other bytes: opencv 4\.0\.0, here"
+        ValueError, match=r"Node .*10\.0\.0\.7, 01234567\) would pack other bytes: opencv 4\.0\.0, and not"
     ):
         list(RayEngine("dis", None, None, None).run(write_fragment, tasks))
     assert fake.joined == 0
@@ -249,3 +260,55 @@ def test_errors_of_ray_and_of_nodes_say_where_and_what_to_do(tasks, ray, error, 
     with pytest.raises(kind, match=message):
         list(RayEngine("dis", None, None, None).run(write_fragment, tasks))
     assert fake.joined == 0
+
+
+def test_gpus_are_of_one_kind_and_torch_is_compared_there_too(tasks, ray, monkeypatch):
+    fake = ray()
+    fake.num_gpus = 1.0
+    identity = ray_engine.node_identity("brox", compare_field=False)
+    assert identity["torch"] not in ("", "none") and not any("field" in key for key in identity)
+    kinds = iter(["H100", "H100", "A100"])
+    monkeypatch.setattr(ray_engine, "_gpu", lambda: next(kinds))
+    with pytest.raises(ValueError, match="would pack other bytes: GPU A100, and not H100"):
+        list(RayEngine("brox", None, None, None).run(write_fragment, tasks))
+    monkeypatch.setattr(ray_engine, "_gpu", lambda: "H100")
+    torch = iter(["2.13.0", "2.13.0", "2.12.0"])
+    monkeypatch.setattr(ray_engine, "_version", lambda _: next(torch))
+    monkeypatch.setattr(ray_engine, "node_identity", ray_engine.node_identity.__wrapped__)
+    with pytest.raises(ValueError, match=r"other bytes: torch 2\.12\.0, and not 2\.13\.0"):
+        list(RayEngine("brox", None, None, None).run(write_fragment, tasks))
+
+
+def test_a_ray_that_is_in_use_is_left_alone(tasks, ray):
+    fake = ray()
+    engine = RayEngine("dis", None, None, None)
+    fake.joined = 1
+    with pytest.raises(ValueError, match="Ray is in use in this process"):
+        list(engine.run(write_fragment, tasks))
+    with pytest.raises(ValueError, match="Ray is in use in this process"):
+        RayEngine("dis", None, None, None)
+    assert fake.joined == 1
+
+
+def test_a_cluster_without_room_is_told_of_once(tasks, ray, monkeypatch, caplog):
+    fake = ray()
+    fake.num_silent = 5
+    monkeypatch.setattr(ray_engine, "_SILENCE_S", 1e-9)
+    with RayEngine("dis", None, None, None) as engine:
+        assert len(list(engine.run(write_fragment, tasks))) == 3
+    (record,) = caplog.records
+    assert "free are 0 of the cluster's 2 cores, and 0 of its 0 GPUs" in record.getMessage()
+
+
+def full(task):
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("seen", [True, False])
+def test_a_full_disk_is_that_of_the_folder_that_was_written_to(tasks, ray, monkeypatch, seen):
+    ray()
+    if not seen:
+        monkeypatch.setattr(ray_engine._Token, "in_folder", lambda self, folder: "another")
+    with pytest.raises(OSError, match=r"No space left on device on node 10\.0\.0\.7") as error:
+        list(RayEngine("dis", None, None, None).run(full, tasks))
+    assert error.value.filename == (None if seen else tempfile.gettempdir()) and error.value.errno == 28
