@@ -14,7 +14,7 @@ import logging
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -119,7 +119,10 @@ class StoreTarget(Target):
         return False
 
     def _go_on(self) -> None:
-        """Hold what is published against the store, and send what was not."""
+        """Hold what is published against the store, and send what was not. Raises ValueError if more lies there."""
+        # A shard is noted before it is sent.
+        stems = {path.stem for path in (self.folder / WORK_FOLDER).glob("shard-*")}
+        self._check_strange(self._there, {f"{stem}.tar" for stem in stems})
         for husk in sorted((self.folder / WORK_FOLDER).glob("shard-*.husk")):
             number = int(husk.stem.removeprefix("shard-"))
             if is_finished(self.folder, number) and self._has(read_state(self.folder, number)["shard"], self._there):
@@ -163,13 +166,20 @@ class StoreTarget(Target):
         there = self._store.names()
         lost = [shard["name"] for shard in dataset["shards"] if not self._has(shard, there)]
         known = {shard["name"] for shard in dataset["shards"]}
-        strange = sorted(name for name in there if name.startswith("shard-") and name not in known)
-        if lost or strange:
+        if lost:
             raise ValueError(
-                f"{self._store.url}: {(lost + strange)[0]} is {'not what was sent' if lost else 'of another pack'}. "
+                f"{self._store.url}: {lost[0]} is not what was sent. "
                 "Does another pack go there? Give each its own --out; the same command packs again what is missing."
             )
-        put_rest(self._store, self.folder, dataset)
+        self._check_strange(there, known)
+        put_rest(self._store, self.folder, dataset, there)
+
+    def _check_strange(self, there: Iterable[str], known: set[str]) -> None:
+        if strange := sorted(name for name in there if name.startswith("shard-") and name not in known):
+            raise ValueError(
+                f"{self._store.url}: {strange[0]} is of no shard of this pack. Remove it from the bucket, or choose "
+                "another --out; the same command goes on."
+            )
 
     def read(self, name: str) -> bytes:
         return self._store.read_small(name, MAX_LIST_BYTES)
@@ -265,13 +275,15 @@ def put_shard(store: Store, folder: Path, shard: dict[str, Any]) -> None:
     store.put(path, shard["name"])
 
 
-def put_rest(store: Store, folder: Path, dataset: dict[str, Any]) -> None:
-    """Send what belongs to a set besides its shards, and dataset.json last of all."""
+def put_rest(store: Store, folder: Path, dataset: dict[str, Any], there: Container[str]) -> None:
+    """Send what belongs to a set besides its shards, and dataset.json last of all. there: names that the store has."""
     for entry in dataset["files"]:
         store.put(folder / entry["name"], entry["name"])
     for name in (BAD_NAME, MISSING_NAME):
         if (folder / name).exists():
             store.put(folder / name, name)
+        elif name in there:  # of an earlier set, whose files were not all removed
+            store.put_bytes(b"", name)
     store.put_bytes(json_bytes(dataset), "dataset.json")
 
 
@@ -305,7 +317,7 @@ def publish(root: Path, url: str) -> int | None:
         if there.get(name) != shard["bytes"] or _stored_sha256(store, shard) != shard["sha256"]:
             put_shard(store, root, shard)
             num_sent += 1
-    put_rest(store, root, dataset)
+    put_rest(store, root, dataset, there)
     return num_sent
 
 

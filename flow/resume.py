@@ -193,9 +193,10 @@ def begin(out: Path, settings: dict[str, Any], url: str | None = None) -> bool:
 def compare_settings(out: Path | str, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Raise ValueError if a setting is another one. A missing key means None: packs from before it existed lack it."""
     if differing := list(_differing(before, now)):
+        other = "--work DIR" if now.get("url") and before.get("url") != now["url"] else "--out"
         raise ValueError(
             f"{out} was begun with other settings; {'; '.join(differing)}. Repeat the command as it was, or choose "
-            "another --out. (input_sha256 stands for names and sizes of what is packed, and the splits.)"
+            f"another {other}. (input_sha256 stands for names and sizes of what is packed, and the splits.)"
         )
 
 

@@ -115,6 +115,10 @@ def test_a_damaged_husk_is_told(packed, tmp_path):
         husk.write_bytes(damaged)
         with pytest.raises(ValueError, match="husk is damaged.*Take it away, and run the command again"):
             list(read_husk(husk))
+    for at in {*range(100), *range(0, len(content), len(content) // 300)}:
+        husk.write_bytes(content[:at] + bytes([content[at] ^ 0x81]) + content[at + 1 :])
+        with pytest.raises(ValueError, match="husk is damaged"):
+            list(read_husk(husk))
 
 
 # --- packing into a store ----------------------------------------------------------------------------------------
@@ -236,6 +240,42 @@ def test_another_pack_in_the_same_place_is_noticed(videos, url, tmp_path, monkey
     assert run(videos, url) == 1, "the same command packs it again"
 
 
+def test_a_shard_that_no_pack_made_is_noticed_before_work_and_at_the_end(
+    videos, local, url, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    store, build_index = store_of(url), publish.StoreTarget.build_index
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            publish.StoreTarget,
+            "build_index",
+            lambda target: (build_index(target), store.put_bytes(b"", "shard-000099.tar")),
+        )
+        assert run(videos, url) == 2
+    message = "shard-000099.tar is of no shard of this pack. Remove it from the bucket, or choose another --out"
+    assert message in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(pack, "write_shards", lambda *_, **__: pytest.fail("work is begun"))
+        assert run(videos, url) == 2 and message in capsys.readouterr().err
+    fsspec.filesystem("memory").rm(f"{url.removeprefix('memory://')}/shard-000099.tar")
+    assert run(videos, url) == 1
+    assert_same(url, local)
+
+
+def test_reports_that_lay_in_the_store_are_no_part_of_a_set(videos, packed_demo, local, url, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("bad_videos.txt", "missing_videos.txt"):
+        store_of(url).put_bytes(b"Old/video\tof another set\n", name)
+    good = shutil.copytree(videos, tmp_path / "videos", ignore=shutil.ignore_patterns("bad.avi"))
+    assert run(good, url) == 0, "there is nothing bad"
+    assert stored(url)["bad_videos.txt"] == stored(url)["missing_videos.txt"] == b""
+    copy = f"{url}-copied"
+    store_of(copy).put_bytes(b"Old/video\tof another set\n", "missing_videos.txt")
+    publish.publish(local, copy)
+    assert stored(copy)["missing_videos.txt"] == b""
+    assert stored(copy)["bad_videos.txt"] == (local / "bad_videos.txt").read_bytes()
+
+
 def test_what_is_not_this_packs_is_left_alone(videos, local, url, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
@@ -264,7 +304,9 @@ def test_a_work_folder_is_that_of_one_url_and_no_set(videos, url, tmp_path, monk
             run(videos, url)
     other = url.replace("bucket", "basket")
     assert run(videos, other) == 2
-    assert f"packing-set was begun with other settings; url: '{url}' before, '{other}' now" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"packing-set was begun with other settings; url: '{url}' before, '{other}' now" in error
+    assert "choose another --work DIR." in error
     assert run(videos, "packing-set") == 2 and f"url: '{url}' before, None now" in capsys.readouterr().err
     assert verify.main(["packing-set"]) == 2
     assert run(videos, other, "--work", "own") == 1, "which is another pack"

@@ -64,7 +64,7 @@ def test_wrong_requests(proxied):
     store, _ = proxied
     with pytest.raises(FileNotFoundError, match="no such file in the store.*set/none"):
         store.read("none", 0, 10)
-    with pytest.raises(StoreError, match="bytes came"):
+    with pytest.raises(StoreError, match="it has fewer bytes than asked for: publish it again"):
         store.read("file", len(CONTENT) - 10, len(CONTENT) + 10)
     with pytest.raises(ValueError, match=r"has more than 1,000 bytes"):
         store.read_small("file", 1_000)
