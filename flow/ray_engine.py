@@ -109,11 +109,12 @@ class RayEngine:
         try:
             init = partial(self._ray.init, log_to_driver=False, logging_level="CRITICAL")
             self._ask(init, address=self._address or "local", **({} if self._address else own))
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (ConnectionError, RuntimeError, ValueError, self._ray.exceptions.RayError) as error:
             self._leave()
             raise ValueError(
                 f"ray_address={self._address!r}: no cluster can be joined: {_line(error)} Start one by ray "
-                "start, with a node on this machine."
+                "start, with a node on this machine; if it has a token, give the command the same RAY_AUTH_TOKEN, and "
+                "RAY_AUTH_MODE=token."
             ) from None
         except BaseException:
             self._leave()
