@@ -82,9 +82,9 @@ class Extraction:
         self._num_bytes = work.frames * work.bytes_per_frame
         self._ready = simpy.PriorityStore(env)
         self._results = simpy.Store(env)
-        inward = cluster.card_bytes_per_s if cluster.through == "driver" else cluster.shared_bytes_per_s
+        self._inward_bytes_per_s = cluster.card_bytes_per_s if cluster.through == "driver" else cluster.shared_bytes_per_s
         most = math.inf if cluster.through == "driver" else cluster.card_bytes_per_s
-        self._inward = Link(env, inward, most)
+        self._inward = Link(env, self._inward_bytes_per_s, most)
         connected = cluster.connections * cluster.connection_bytes_per_s
         self._outward = Link(env, cluster.card_bytes_per_s, connected)
         self._handed_out = self.num_retries = 0
@@ -115,7 +115,7 @@ class Extraction:
             "frames_per_s": float(self._work.frames.sum() / env.now),
             "slots_busy": self._busy_s / (slots * last_joined_s),
             "driver_busy": self._joining_s / last_joined_s,
-            "card_busy": self._inward.num_bytes / (cluster.card_bytes_per_s * last_joined_s),
+            "inward_busy": self._inward.num_bytes / (self._inward_bytes_per_s * last_joined_s),
             "retries": self.num_retries,
         }
 

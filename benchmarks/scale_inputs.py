@@ -107,7 +107,7 @@ class Measured:
     a frame takes in a shard. pixels: of the frames that this was measured on. pace, batch_pace: multiples of the mean.
     backward_ratio: of the time with backward fields to that without. loader_core_samples_per_s: stacks a window -> of
     one core. hidden_share: of a step, in which gradients can travel.
-    cpu_samples_per_s: training on the cores of this machine. fetches: nodes -> those that need a shard, if measured.
+    cpu_samples_per_s: training on the cores of this machine. fetches: nodes -> those that need a shard.
     """
 
     flow_s: dict[str, float]
@@ -133,7 +133,7 @@ class Measured:
     cpu_cores: int
     gradient_bytes: float
     checkpoint_s: float
-    fetches: dict[int, float] | None
+    fetches: dict[int, float]
 
     def extraction_s(self, method: str, pixels: float) -> float:
         """Seconds of a core for a frame and its field; they grow with the pixels."""
@@ -184,17 +184,16 @@ def read_measured(results: Path) -> Measured:
     )
 
 
-def _read_fetches(path: Path) -> dict[int, float] | None:
-    """Nodes -> nodes that fetch a shard, of a pool of POOL_SHARDS of Kinetics-700 and the paper's batch; None without
-    the file, or without that row: {"rows": [{"set", "pool_shards", "batch_size", "machines": [{"world_size",
-    "fetches_per_shard"}, ...]}, ...]}.
-    """
-    if not path.exists():
-        return None
+def _read_fetches(path: Path) -> dict[int, float]:
+    """Nodes -> nodes that fetch a shard, of a pool of POOL_SHARDS of Kinetics-700 and the paper's batch: {"rows":
+    [{"set", "pool_shards", "batch_size", "machines": [{"world_size", "fetches_per_shard"}, ...]}, ...]}."""
     for row in _read(path)["rows"]:
         if row["set"].startswith("Kinetics") and (row["pool_shards"], row["batch_size"]) == (POOL_SHARDS, BATCH):
             return {found["world_size"]: found["fetches_per_shard"] for found in row["machines"]}
-    return None
+    raise ValueError(
+        f"{path} has no row of Kinetics-700 with a pool of {POOL_SHARDS} and a batch of {BATCH}; measure it without "
+        "--data: python benchmarks/draw_statistics.py"
+    )
 
 
 def _sound(result: dict[str, Any]) -> list[dict[str, Any]]:

@@ -99,7 +99,8 @@ def training_rate(training: Training, steps: int, factors: Mapping[str, float]) 
         shard_bytes=shards.shard_bytes * f["shard_bytes"],
         fetches=min(training.nodes, shards.fetches * f["fetches"]),
         store_bytes_per_s=shards.store_bytes_per_s * f["store_rate"],
-        flow_bytes_per_s=shards.flow_bytes_per_s * f["connection_rate"],
+        card_bytes_per_s=shards.card_bytes_per_s * f["card_rate"],
+        connection_bytes_per_s=shards.connection_bytes_per_s * f["connection_rate"],
         hash_bytes_per_s=shards.hash_bytes_per_s * f["hash_rate"],
         latency_s=shards.latency_s * f["latency"],
     )

@@ -42,8 +42,10 @@ from flow.command import Parser
 
 #: The paper's schedule, of one net (sec. 5).
 STEPS = 80_000
-#: Videos of a set that are simulated at most, and steps.
-MAX_VIDEOS, SIMULATED_STEPS = 10_000, 200
+#: Videos of a set that are simulated: as many for all numbers of nodes, 40 for each slot of the most.
+MAX_VIDEOS = 41_000
+#: Steps that are simulated, of few nodes and of many: several times those that fetches begin ahead are left out.
+FEW_NODES, STEPS_OF_FEW, STEPS_OF_MANY = 8, 1_500, 1_000
 
 ASSUMED = {key: assumption.value for key, assumption in ASSUMPTIONS.items()}
 GBIT = 1e9 / 8
@@ -81,9 +83,17 @@ def set_row(dataset: Dataset, measured: Measured) -> dict[str, Any]:
     }
 
 
-def exchange_steps(num_shards: int, batch_size: int) -> int:
-    """Steps from one new shard to the next, so that the paper's number of samples is a pass or more; 1 at least."""
-    return max(1, int(STEPS * BATCH / batch_size / num_shards))
+def exchange_steps(num_shards: int, batch_size: int) -> float:
+    """Steps from one new shard to the next, so that the paper's number of samples is a pass or more: whole ones, and
+    below 1 as many shards a step as that needs, which `data.pool_steps` cannot be set to."""
+    steps = STEPS * BATCH / batch_size / num_shards
+    return float(int(steps)) if steps >= 1 else steps
+
+
+def seen_share(num_shards: int, batch_size: int) -> float:
+    """Part of the shards that the paper's number of samples is drawn from with the fastest exchange that can be set,
+    `data.pool_steps=1`: those of the first pool, and one a step."""
+    return min(1.0, (POOL_SHARDS + STEPS * BATCH / batch_size - 1) / num_shards)
 
 
 # --- extraction --------------------------------------------------------------------------------------------------
@@ -144,17 +154,15 @@ def node_rates(measured: Measured) -> dict[str, dict[str, float]]:
     return {"gpu": gpu, "cpu": cpu}
 
 
-def fetches_of(nodes: int, batch_size: int, measured: Measured) -> float:
-    """Nodes that fetch a shard: as measured with the paper's batch, if it is; else by geometry.
+def fetches_of(nodes: int, measured: Measured) -> float:
+    """Nodes that fetch a shard, by the published statistics of the draw, between whose numbers of nodes it is linear.
 
-    Slices of a batch follow the pool's ring: a shard lies in 1 + nodes / POOL_SHARDS of them, and a border between two
-    slices wanders by the spread of a binomial count, sqrt(p (1 - p) / batch_size) of the ring, 3 of that to either
-    side; its mean over p is pi / 8.
+    Each window is drawn from its own part of the ring, so only the nodes - 1 borders between arcs, which hardly wander,
+    have shards that two nodes need: 1 + c (nodes - 1) / POOL_SHARDS, where c = 1 for borders that stand still. Any
+    batch sees a border wander alike in the time that a shard stays, for a pass moves the pool as far.
     """
-    if measured.fetches and batch_size == BATCH and nodes in measured.fetches:
-        return measured.fetches[nodes]
-    wander = 6 * math.pi / 8 / math.sqrt(batch_size)
-    return min(nodes, 1 + (nodes > 1) * nodes * (1 / POOL_SHARDS + wander))
+    known = sorted(measured.fetches)
+    return min(nodes, float(np.interp(nodes, known, [measured.fetches[n] for n in known])))
 
 
 def training_of(
@@ -168,15 +176,16 @@ def training_of(
     batch_size, card = num_samples * nodes, card_gbit * GBIT
     parts = parts_of(rates["computes"], num_samples, measured, card)
     sent = parts.gradient_bytes * BYTES[compression] / BYTES["none"]
-    connected = 1e6 * ASSUMED["connection_mb_per_s"] * ASSUMED["connections"]
     shards = Shards(
         exchange_steps=exchange_steps(row["shards"], batch_size),
+        pool_shards=POOL_SHARDS,
         shard_bytes=row["shard_bytes"],
-        fetches=fetches_of(nodes, batch_size, measured),
+        fetches=fetches_of(nodes, measured),
         ahead_steps=int(ASSUMED["ahead_steps"]),
         at_a_time=int(ASSUMED["at_a_time"]),
         store_bytes_per_s=ASSUMED["store_gbit_per_s"] * GBIT,
-        flow_bytes_per_s=min(connected, card / ASSUMED["at_a_time"]),
+        card_bytes_per_s=card,
+        connection_bytes_per_s=1e6 * ASSUMED["connection_mb_per_s"] * ASSUMED["connections"],
         latency_s=ASSUMED["latency_s"],
         hash_bytes_per_s=measured.hash_bytes_per_s,
     )
@@ -200,14 +209,21 @@ SCENARIOS: list[dict[str, Any]] = [
 ]
 
 
-def simulate_training(measured: Measured, counts: list[int], steps: int) -> list[dict[str, Any]]:
+def steps_of(nodes: int) -> int:
+    """Steps that are simulated."""
+    return STEPS_OF_FEW if nodes <= FEW_NODES else STEPS_OF_MANY
+
+
+def simulate_training(measured: Measured, counts: list[int]) -> list[dict[str, Any]]:
     """A row for each scenario and number of nodes."""
     rows = []
+    num_shards = next(set_row(dataset, measured)["shards"] for dataset in datasets() if dataset.name == "kinetics700")
     for scenario in tqdm(SCENARIOS, desc="training", disable=None):
         for nodes in counts:
             training = training_of(measured, nodes, **scenario)
-            found = Simulation(training, steps).run()
+            found = Simulation(training, steps_of(nodes)).run()
             shards = {"fetches": training.shards.fetches, "exchange_steps": training.shards.exchange_steps}
+            shards |= {"steps": steps_of(nodes), "seen_share": seen_share(num_shards, nodes * training.num_samples)}
             given = {"compression": "none", "k": 1, **scenario}
             rows.append({**given, "nodes": nodes, "num_samples": training.num_samples, **shards, **found})
     keys = ("kind", "scaling", "card_gbit", "compression", "k")
@@ -217,7 +233,7 @@ def simulate_training(measured: Measured, counts: list[int], steps: int) -> list
 # --- what stops it -----------------------------------------------------------------------------------------------
 
 
-def find_bottlenecks(measured: Measured, counts: list[int], num_videos: int, steps: int) -> list[dict[str, Any]]:
+def find_bottlenecks(measured: Measured, counts: list[int], num_videos: int) -> list[dict[str, Any]]:
     """Sensitivities of extraction (Kinetics-700, fragments by way of the driver) and of training, weak and strong."""
     kinetics = next(dataset for dataset in datasets() if dataset.name == "kinetics700")
     rows: list[dict[str, Any]] = []
@@ -230,7 +246,7 @@ def find_bottlenecks(measured: Measured, counts: list[int], num_videos: int, ste
     for scaling in ("weak", "strong"):
         for nodes in sorted({*counts, 2}):  # the first that send gradients
             training = training_of(measured, nodes, scaling=scaling)
-            found = sensitivity(lambda f, t=training: training_rate(t, steps, f), TRAINING_INPUTS)
+            found = sensitivity(lambda f, t=training: training_rate(t, steps_of(t.nodes), f), TRAINING_INPUTS)
             rows.append({"what": "training", "case": scaling, "nodes": nodes, **found})
     return rows
 
@@ -245,25 +261,24 @@ def main(argv: list[str] | None = None) -> int:
         "--from", dest="results", type=Path, default=RESULTS, metavar="DIR",
         help="folder of the results files of one machine (default: the published ones)",
     )  # fmt: skip
-    parser.add_argument("--quick", action="store_true", help="few videos, steps and nodes: does it run?")
+    parser.add_argument("--quick", action="store_true", help="few videos and nodes: does it run?")
     add_out(parser, "scale_model")
     options: argparse.Namespace = parser.parse_args(argv)
     out = result_path(options.out, "scale_model", quick=options.quick)
     counts, few = ([1, 2], [2]) if options.quick else (list(PROJECTED), [1, 16, 64])
-    num_videos, steps = (640, 60) if options.quick else (MAX_VIDEOS, SIMULATED_STEPS)
+    num_videos = 640 if options.quick else MAX_VIDEOS
     measured = read_measured(options.results)
     content = {
         "label": "simulation",
         "assumptions": [{"name": name, **assumption._asdict()} for name, assumption in ASSUMPTIONS.items()],
         "node_rates": node_rates(measured),
         "backward_ratio": measured.backward_ratio,
-        "fetches_measured": measured.fetches is not None,
         "sets": [set_row(dataset, measured) for dataset in datasets()],
         "extraction": simulate_extraction(measured, counts, num_videos),
-        "training": simulate_training(measured, counts, steps),
-        "sensitivity": find_bottlenecks(measured, few, num_videos, steps),
+        "training": simulate_training(measured, counts),
+        "sensitivity": find_bottlenecks(measured, few, num_videos),
     }
-    config = {"counts": counts, "videos": num_videos, "steps": steps, "pool_shards": POOL_SHARDS, "worth": WORTH}
+    config = {"counts": counts, "videos": num_videos, "pool_shards": POOL_SHARDS, "worth": WORTH}
     write_result(out, {**config, "quick": options.quick}, **content)
     for row in content["sensitivity"]:
         print(

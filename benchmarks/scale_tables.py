@@ -107,7 +107,7 @@ def scale_extraction_table(result: dict[str, Any]) -> str:
     chart = "![simulated speed-up against the number of nodes](../benchmarks/results/scale_model.png)\n\n"
     note = (
         f"\n\nThe hours are those of the whole set. Simulated is a stretch of {result['config']['videos']:,} videos at "
-        "most, and cores and driver are as busy as in that, its beginning and its last videos included."
+        "most, the same for all numbers of nodes, and cores and driver are as busy as in that, its beginning and its last videos included."
     )
     return chart + _table(head, rows) + note
 
@@ -122,9 +122,12 @@ def scale_training_table(result: dict[str, Any]) -> str:
         cells = [name, last["scaling"], f"{last['card_gbit']:.0f} Gbit/s", str(last["k"]), last["compression"]]
         cells += [digits(group[min(n, most)]["samples_per_s"]) for n in (1, 8, 64)]
         wait, sent = (100 * last[key] / last["step_s"] for key in ("data_wait_s", "communication_s"))
-        rows.append([*cells, f"{last['speedup']:.1f}", f"{wait:.0f} %", f"{sent:.0f} %", _stops(last, most)])
+        cells += [f"{last['speedup']:.1f}", f"{wait:.0f} %", f"{sent:.0f} %"]
+        cells += [digits(1 / last["exchange_steps"]), f"{100 * last['seen_share']:.0f} %"]
+        rows.append([*cells, _stops(last, most)])
     head = ["a node computes with", "scaling", "network", "k", "gradients", "stacks/s of 1 node", "of 8", "of 64"]
-    head += ["speed-up of 64", "waits for data then", "for gradients then", "stops scaling at nodes"]
+    head += ["speed-up of 64", "waits for data then", "for gradients then", "shards a step then, for a pass",
+             "seen with `data.pool_steps=1`", "stops scaling at nodes"]  # fmt: skip
     gpu, cores = result["node_rates"]["gpu"], _assumed(result, "cores")
     loads = {k: gpu[f"loads_k{k}"] for k in (1, 4, 8)}
     need = {k: cores * gpu["computes"] / rate for k, rate in loads.items()}
@@ -134,8 +137,6 @@ def scale_training_table(result: dict[str, Any]) -> str:
         f"stacks/s. {cores:.0f} cores load {given}, if they are as fast as each of two was: to keep up, the GPU needs "
         f"{', '.join(digits(n) for n in need.values())} cores."
     )
-    if not result["fetches_measured"]:
-        note += " How many nodes fetch a shard follows from geometry: the draw's statistics are not published yet."
     return _table(head, rows) + note
 
 

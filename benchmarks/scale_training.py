@@ -5,11 +5,12 @@
     fetcher   of a node: brings its shards, a few at a time, some steps before they are needed, and hashes them
     step      begins when all nodes have their batch; takes what `scaling_model.predict` says of n devices
 
-A new shard enters the pool every `exchange_steps` steps; `fetches` nodes of all need each. The pool is full when the
-simulation begins. Fetches share the store, but not the node's card with the gradients.
+A new shard enters the pool every `exchange_steps` steps, several a step below 1; `fetches` nodes of all need each. The
+pool is full when the simulation begins. Fetches share the store, but not the node's card with the gradients.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,29 +22,38 @@ from scaling_model import Parts, predict
 
 #: Batches that a loader has ready at most.
 QUEUED = 2
-#: Share of the steps that are left out: queues fill.
-WARM_UP = 0.2
+#: Steps that are left out, at least: a share of all, and so many times those that a fetch begins ahead. Queues fill, and
+#: the first shards come while nobody waits.
+WARM_UP, WARM_UP_AHEAD = 0.4, 5
 
 Events = Generator[simpy.Event, Any, None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shards:
-    """How shards come; bytes/s and seconds. An exchange_steps of 0: all of them are there.
+    """How shards come; bytes/s and seconds. An exchange_steps of 0: all of them are there; of 0.25: four a step.
 
-    fetches: nodes that need a shard, on average. ahead_steps: how long before it is needed a fetch begins, at the
-    earliest. at_a_time: fetches of one node. hash_bytes_per_s: of checking what came.
+    pool_shards: of the ring. fetches: nodes that need a shard, on average. ahead_steps: how long before it is needed a fetch begins, at the
+    earliest. at_a_time: fetches of one node, which share its network card alike. connection_bytes_per_s: of the connections
+    of one fetch. hash_bytes_per_s: of checking what came.
     """
 
-    exchange_steps: int = 0
+    exchange_steps: float = 0.0
+    pool_shards: int = 256
     shard_bytes: float = 0.0
     fetches: float = 1.0
     ahead_steps: int = 50
     at_a_time: int = 4
     store_bytes_per_s: float = math.inf
-    flow_bytes_per_s: float = math.inf
+    card_bytes_per_s: float = math.inf
+    connection_bytes_per_s: float = math.inf
     latency_s: float = 0.0
     hash_bytes_per_s: float = math.inf
+
+    @property
+    def fetch_bytes_per_s(self) -> float:
+        """What one fetch gets at most."""
+        return min(self.connection_bytes_per_s, self.card_bytes_per_s / self.at_a_time)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,10 +77,10 @@ class Simulation:
         self._rng = np.random.default_rng(seed)
         self._env = env = simpy.Environment()
         shards = training.shards
-        self.store = Link(env, shards.store_bytes_per_s, shards.flow_bytes_per_s)
+        self.store = Link(env, shards.store_bytes_per_s, shards.fetch_bytes_per_s)
         self._queues = [simpy.Store(env, QUEUED) for _ in range(training.nodes)]
-        #: Of every node: shard -> its arrival.
-        self._arrivals: list[dict[int, simpy.Event]] = [{} for _ in range(training.nodes)]
+        #: Of every node: step -> arrivals of the shards that it needs from then on.
+        self._arrivals: list[dict[int, list[simpy.Event]]] = [defaultdict(list) for _ in range(training.nodes)]
         self._fetching = [simpy.Resource(env, shards.at_a_time) for _ in range(training.nodes)]
         self._begun = [env.event() for _ in range(steps + 1)]
         self.shard_wait_s = 0.0
@@ -87,6 +97,10 @@ class Simulation:
         times: list[float] = []
         env.run(until=env.process(self._train(waits, times)))
         first = int(WARM_UP * self._steps)
+        if training.shards.exchange_steps:
+            first = max(first, WARM_UP_AHEAD * training.shards.ahead_steps)
+        if first > self._steps - 2:
+            raise ValueError(f"{self._steps} steps, of which the first {first} are left out: expected more.")
         step_s = (times[-1] - times[first]) / (self._steps - 1 - first)
         parts = predict(training.nodes, training.num_samples, training.parts)
         return {
@@ -110,26 +124,28 @@ class Simulation:
     def _load(self, node: int) -> Events:
         training = self._training
         usual_s = training.num_samples / training.loader_samples_per_s
-        every = training.shards.exchange_steps
+        times = usual_s * self._rng.choice(training.pace, self._steps)
         for step in range(self._steps):
-            if every and step % every == 0 and (arrival := self._arrivals[node].get(step // every)):
+            if arrivals := self._arrivals[node].pop(step, None):
                 start = self._env.now
-                yield arrival
+                yield self._env.all_of(arrivals)
                 self.shard_wait_s += self._env.now - start
-            yield self._env.timeout(usual_s * self._rng.choice(training.pace))
+            yield self._env.timeout(times[step])
             yield self._queues[node].put(step)
 
     def _plan_fetches(self) -> None:
-        """Which nodes fetch which shard: neighbours on a ring, since slices of a batch follow the pool's order."""
+        """Which nodes fetch which shard: the one whose arc of the ring it enters, and now and then a neighbour. So shards
+        that follow one another are of one node, until the next arc begins (`loaders.shard_pool`)."""
         shards, nodes = self._training.shards, self._training.nodes
         first = math.ceil(shards.ahead_steps / shards.exchange_steps)  # what is needed sooner is in the pool
         for number in range(first, math.ceil(self._steps / shards.exchange_steps)):
-            whole = int(shards.fetches)
-            many = min(nodes, whole + int(self._rng.random() < shards.fetches - whole))
-            begun = self._begun[number * shards.exchange_steps - shards.ahead_steps]
+            needed = int(number * shards.exchange_steps)
+            many = min(nodes, int((number + 1) * shards.fetches) - int(number * shards.fetches))
+            owner = number % shards.pool_shards * nodes // shards.pool_shards
+            begun = self._begun[max(0, needed - shards.ahead_steps)]
             for k in range(many):
-                node = (number + k) % nodes
-                self._arrivals[node][number] = self._env.process(self._fetch(node, begun))
+                node = (owner + k) % nodes
+                self._arrivals[node][needed].append(self._env.process(self._fetch(node, begun)))
 
     def _fetch(self, node: int, begun: simpy.Event) -> Events:
         shards = self._training.shards
