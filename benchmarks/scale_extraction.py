@@ -82,16 +82,19 @@ class Extraction:
         self._num_bytes = work.frames * work.bytes_per_frame
         self._ready = simpy.PriorityStore(env)
         self._results = simpy.Store(env)
-        self._inward_bytes_per_s = cluster.card_bytes_per_s if cluster.through == "driver" else cluster.shared_bytes_per_s
+        self._inward_bytes_per_s = (
+            cluster.card_bytes_per_s if cluster.through == "driver" else cluster.shared_bytes_per_s
+        )
         most = math.inf if cluster.through == "driver" else cluster.card_bytes_per_s
         self._inward = Link(env, self._inward_bytes_per_s, most)
         connected = cluster.connections * cluster.connection_bytes_per_s
         self._outward = Link(env, cluster.card_bytes_per_s, connected)
         self._handed_out = self.num_retries = 0
         self._busy_s = self._joining_s = 0.0
-        #: When the driver has dealt with each video, in that order, and its frames.
+        #: When the driver has dealt with each video, in that order.
         self._ends: list[float] = []
-        self._dealt: list[float] = []
+        #: When each video that was not lost was begun, and when it was done.
+        self._worked: list[tuple[float, float]] = []
         self._uploads: list[simpy.Process] = []
 
     def run(self) -> dict[str, float]:
@@ -121,14 +124,16 @@ class Extraction:
 
     def _steady_rate(self) -> float:
         """Frames/s of the steady stretch, from the end of a burst to that of another: slots that began together, or
-        that share a full link, end together."""
-        ends, done = np.array(self._ends), np.cumsum(self._dealt)
+        that share a full link, end together. By the work that slots do in it, videos under way at either end included,
+        so it is never more than all slots can do."""
+        ends = np.array(self._ends)
         begin, end = (ends[int(share * (len(ends) - 1))] for share in STEADY)
         slack = 0.005 * (end - begin)
         first, last = (int(np.searchsorted(ends, time + slack, "right")) - 1 for time in (begin, end))
         if ends[first] == ends[last]:  # one burst is all
-            return float(done[-1] / ends[-1])
-        return float((done[last] - done[first]) / (ends[last] - ends[first]))
+            return float(self._work.frames.sum() / ends[-1])
+        worked = np.diff(np.clip(self._worked, ends[first], ends[last])).sum()
+        return float(worked / (ends[last] - ends[first]) * self._work.frames.sum() / self._seconds.sum())
 
     def _drive(self) -> Events:
         """The driver's loop."""
@@ -150,7 +155,6 @@ class Extraction:
                 yield env.timeout(seconds)
                 self._uploads.append(env.process(self._upload(shard_bytes[shard])))
             self._ends.append(env.now)
-            self._dealt.append(work.frames[video])
             self._hand_out()
 
     def _hand_out(self) -> None:
@@ -176,6 +180,7 @@ class Extraction:
             start = self._env.now
             try:
                 yield self._env.timeout(self._seconds[video])
+                self._worked.append((start, self._env.now))
                 self._env.process(self._deliver(video))
             except simpy.Interrupt:
                 self.num_retries += 1

@@ -16,7 +16,10 @@ sensitivity   of both at 64 nodes and fewer: every input halved and doubled; the
 import argparse
 import math
 import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +42,12 @@ from scaling_model import BYTES, PROJECTED
 from tqdm import tqdm
 
 from flow.command import Parser
+from flow.pool import default_num_workers
 
 #: The paper's schedule, of one net (sec. 5).
 STEPS = 80_000
 #: Videos of a set that are simulated: as many for all numbers of nodes, 40 for each slot of the most.
-MAX_VIDEOS = 41_000
+MAX_VIDEOS, VIDEOS_PER_SLOT = 41_000, 40
 #: Steps that are simulated, of few nodes and of many: several times those that fetches begin ahead are left out.
 FEW_NODES, STEPS_OF_FEW, STEPS_OF_MANY = 8, 1_500, 1_000
 
@@ -127,18 +131,26 @@ def cluster_of(measured: Measured, nodes: int) -> Cluster:
     )
 
 
+def extraction_row(
+    dataset: Dataset, method: str, through: str, nodes: int, *, measured: Measured, num_videos: int
+) -> dict[str, Any]:
+    work = extraction_of(dataset, measured, method, num_videos)
+    found = hours_for(dataset.num_frames, work, replace(cluster_of(measured, nodes), through=through))
+    return {"set": dataset.name, "method": method, "through": through, "nodes": nodes, **found}
+
+
 def simulate_extraction(measured: Measured, counts: list[int], num_videos: int) -> list[dict[str, Any]]:
     """A row for each set, method, way of the fragments, and number of nodes."""
-    rows = []
-    plan = [(d, method, "driver") for d in datasets() for method in ("dis", "brox")]
-    plan += [(d, "dis", "shared") for d in datasets()]
-    for dataset, method, through in tqdm(plan, desc="extraction", disable=None):
-        work = extraction_of(dataset, measured, method, num_videos)
-        for nodes in counts:
-            cluster = replace(cluster_of(measured, nodes), through=through)
-            found = hours_for(dataset.num_frames, work, cluster)
-            rows.append({"set": dataset.name, "method": method, "through": through, "nodes": nodes, **found})
+    plan = [(d, method, "driver", nodes) for d in datasets() for method in ("dis", "brox") for nodes in counts]
+    plan += [(d, "dis", "shared", nodes) for d in datasets() for nodes in counts]
+    rows = side_by_side(partial(extraction_row, measured=measured, num_videos=num_videos), plan, "extraction")
     return add_speedup(rows, ("set", "method", "through"), lambda row: 1 / row["hours"])
+
+
+def side_by_side(function: Callable[..., Any], tasks: list[Any], what: str) -> list[Any]:
+    """function(*task) of all, in order, on every core."""
+    with ProcessPoolExecutor(default_num_workers()) as pool:
+        return list(tqdm(pool.map(function, *zip(*tasks, strict=True)), what, len(tasks), disable=None))
 
 
 # --- training ----------------------------------------------------------------------------------------------------
@@ -214,18 +226,20 @@ def steps_of(nodes: int) -> int:
     return STEPS_OF_FEW if nodes <= FEW_NODES else STEPS_OF_MANY
 
 
+def training_row(scenario: dict[str, Any], nodes: int, *, measured: Measured) -> dict[str, Any]:
+    training = training_of(measured, nodes, **scenario)
+    found = Simulation(training, steps_of(nodes)).run()
+    num_shards = next(set_row(dataset, measured)["shards"] for dataset in datasets() if dataset.name == "kinetics700")
+    seen = seen_share(num_shards, nodes * training.num_samples)
+    shards = {"fetches": training.shards.fetches, "exchange_steps": training.shards.exchange_steps, "seen_share": seen}
+    given = {"compression": "none", "k": 1, **scenario, "nodes": nodes, "steps": steps_of(nodes)}
+    return {**given, "num_samples": training.num_samples, **shards, **found}
+
+
 def simulate_training(measured: Measured, counts: list[int]) -> list[dict[str, Any]]:
     """A row for each scenario and number of nodes."""
-    rows = []
-    num_shards = next(set_row(dataset, measured)["shards"] for dataset in datasets() if dataset.name == "kinetics700")
-    for scenario in tqdm(SCENARIOS, desc="training", disable=None):
-        for nodes in counts:
-            training = training_of(measured, nodes, **scenario)
-            found = Simulation(training, steps_of(nodes)).run()
-            shards = {"fetches": training.shards.fetches, "exchange_steps": training.shards.exchange_steps}
-            shards |= {"steps": steps_of(nodes), "seen_share": seen_share(num_shards, nodes * training.num_samples)}
-            given = {"compression": "none", "k": 1, **scenario}
-            rows.append({**given, "nodes": nodes, "num_samples": training.num_samples, **shards, **found})
+    tasks = [(scenario, nodes) for scenario in SCENARIOS for nodes in counts]
+    rows = side_by_side(partial(training_row, measured=measured), tasks, "training")
     keys = ("kind", "scaling", "card_gbit", "compression", "k")
     return add_speedup(rows, keys, lambda row: row["samples_per_s"])
 
@@ -233,22 +247,24 @@ def simulate_training(measured: Measured, counts: list[int]) -> list[dict[str, A
 # --- what stops it -----------------------------------------------------------------------------------------------
 
 
-def find_bottlenecks(measured: Measured, counts: list[int], num_videos: int) -> list[dict[str, Any]]:
+def limits_row(what: str, case: str, nodes: int, *, measured: Measured) -> dict[str, Any]:
+    if what == "extraction":
+        kinetics = next(dataset for dataset in datasets() if dataset.name == "kinetics700")
+        cluster = cluster_of(measured, nodes)
+        work = extraction_of(kinetics, measured, case, VIDEOS_PER_SLOT * max(128, nodes * cluster.cores))
+        found = sensitivity(lambda f: extraction_rate(work, cluster, f), EXTRACTION_INPUTS)
+    else:
+        training = training_of(measured, nodes, scaling=case)
+        found = sensitivity(lambda f: training_rate(training, steps_of(nodes), f), TRAINING_INPUTS)
+    return {"what": what, "case": case, "nodes": nodes, **found}
+
+
+def find_bottlenecks(measured: Measured, counts: list[int]) -> list[dict[str, Any]]:
     """Sensitivities of extraction (Kinetics-700, fragments by way of the driver) and of training, weak and strong."""
-    kinetics = next(dataset for dataset in datasets() if dataset.name == "kinetics700")
-    rows: list[dict[str, Any]] = []
-    for method in ("dis", "brox"):
-        work = extraction_of(kinetics, measured, method, num_videos)
-        for nodes in counts:
-            cluster = cluster_of(measured, nodes)
-            found = sensitivity(lambda f, w=work, c=cluster: extraction_rate(w, c, f), EXTRACTION_INPUTS)
-            rows.append({"what": "extraction", "case": method, "nodes": nodes, **found})
-    for scaling in ("weak", "strong"):
-        for nodes in sorted({*counts, 2}):  # the first that send gradients
-            training = training_of(measured, nodes, scaling=scaling)
-            found = sensitivity(lambda f, t=training: training_rate(t, steps_of(t.nodes), f), TRAINING_INPUTS)
-            rows.append({"what": "training", "case": scaling, "nodes": nodes, **found})
-    return rows
+    tasks = [("extraction", method, nodes) for method in ("dis", "brox") for nodes in counts]
+    with_two = sorted({*counts, 2})  # the first that send gradients
+    tasks += [("training", scaling, nodes) for scaling in ("weak", "strong") for nodes in with_two]
+    return side_by_side(partial(limits_row, measured=measured), tasks, "sensitivity")
 
 
 # --- command -----------------------------------------------------------------------------------------------------
@@ -276,7 +292,7 @@ def main(argv: list[str] | None = None) -> int:
         "sets": [set_row(dataset, measured) for dataset in datasets()],
         "extraction": simulate_extraction(measured, counts, num_videos),
         "training": simulate_training(measured, counts),
-        "sensitivity": find_bottlenecks(measured, few, num_videos),
+        "sensitivity": find_bottlenecks(measured, few),
     }
     config = {"counts": counts, "videos": num_videos, "pool_shards": POOL_SHARDS, "worth": WORTH}
     write_result(out, {**config, "quick": options.quick}, **content)
