@@ -35,6 +35,8 @@ from flow.pool import default_num_workers
 from flow.video import read_header
 
 NAME = "scale_check"
+#: Of a full check; one of fewer is a partial result.
+CLIPS, ROUNDS = 16, 3
 
 
 def predict(clips: list[Path], costs: dict[str, Any]) -> list[dict[str, float]]:
@@ -109,14 +111,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(description="What a pack takes, predicted by the simulation, and measured.")
     parser.add_argument("step", choices=["predict", "measure", "known"], help="predict comes first")
     parser.add_argument("--videos", type=Path, required=True, metavar="DIR", help="folder of class folders of videos")
-    parser.add_argument("--clips", type=int, default=16, metavar="N", help="that are packed (default %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="of measuring (default %(default)s)")
+    parser.add_argument("--clips", type=int, default=CLIPS, metavar="N", help="that are packed (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, metavar="N", help="of measuring (default %(default)s)")
     parser.add_argument(
         "--from", dest="results", type=Path, default=RESULTS, metavar="DIR", help="folder of other results"
     )
     add_out(parser, NAME)
     options: argparse.Namespace = parser.parse_args(argv)
-    out = result_path(options.out, NAME)
+    few = options.clips < CLIPS
+    out = result_path(options.out, NAME, partial=few)
     config: dict[str, Any] = {"clips": options.clips, "cores": default_num_workers(), "method": "dis"}
     clips = choose_clips(options.videos, options.clips)
     content: dict[str, Any] = {}
@@ -134,6 +137,7 @@ def main(argv: list[str] | None = None) -> int:
         if earlier["config"]["clips"] != options.clips:
             raise ValueError(f"--clips {options.clips}: {out} predicts {earlier['config']['clips']}. Predict it first.")
         config |= {"rounds": options.rounds, "load_average": os.getloadavg()[0], "predicted_at": earlier["commit"]}
+        out = result_path(options.out, NAME, partial=few or options.rounds < ROUNDS)
         rows = measure(clips, [{k: row[k] for k in PREDICTED} for row in earlier["rows"]], options.rounds)
     write_result(out, config, rows=rows, **content)
     for row in rows:

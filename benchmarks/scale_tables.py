@@ -173,7 +173,8 @@ def scale_check_table(result: dict[str, Any]) -> str:
     busy = (
         "" if load is None else f" While it was measured, {load:.1f} processes on average wanted the machine's cores."
     )
-    note = f"\n\n`flow.pack` of {config['clips']} real clips on {config['cores']} cores.{busy}"
+    rounds = f", rounds: {config['rounds']}" if "rounds" in config else ""
+    note = f"\n\n`flow.pack` of {config['clips']} real clips on {config['cores']} cores{rounds}.{busy}"
     if known := result.get("known"):
         note += (
             f" A pack of {known['clips']} clips by {known['processes']} processes, which was timed before on a quiet "
