@@ -125,7 +125,8 @@ class Extraction:
     def _steady_rate(self) -> float:
         """Frames/s of the steady stretch, from the end of a burst to that of another: slots that began together, or
         that share a full link, end together. By the work that slots do in it, videos under way at either end included,
-        so it is never more than all slots can do."""
+        so it is never more than all slots can do. It tells of the whole only with many more videos than are handed out
+        at once."""
         ends = np.array(self._ends)
         begin, end = (ends[int(share * (len(ends) - 1))] for share in STEADY)
         slack = 0.005 * (end - begin)

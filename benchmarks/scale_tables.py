@@ -106,9 +106,9 @@ def scale_extraction_table(result: dict[str, Any]) -> str:
     head += ["cores busy then", "driver busy then", "stops scaling at nodes"]
     chart = "![simulated speed-up against the number of nodes](../benchmarks/results/scale_model.png)\n\n"
     note = (
-        f"\n\nThe hours are those of the whole set. Simulated is a stretch of {result['config']['videos']:,} videos at "
-        "most, the same for all numbers of nodes, and cores and driver are as busy as in that, its beginning and its last "
-        "videos included."
+        f"\n\nThe hours are those of the whole set. Simulated is a stretch of {result['config']['videos']:,} videos "
+        "at most, the same for all numbers of nodes, and cores and driver are as busy as in that, its beginning and "
+        "its last videos included."
     )
     return chart + _table(head, rows) + note
 

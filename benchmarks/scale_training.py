@@ -22,8 +22,8 @@ from scaling_model import Parts, predict
 
 #: Batches that a loader has ready at most.
 QUEUED = 2
-#: Steps that are left out, at least: a share of all, and so many times those that a fetch begins ahead. Queues fill, and
-#: the first shards come while nobody waits.
+#: Steps that are left out, at least: a share of all, and so many times those that a fetch begins ahead. Queues fill,
+#: and the first shards come while nobody waits.
 WARM_UP, WARM_UP_AHEAD = 0.4, 5
 
 Events = Generator[simpy.Event, Any, None]
@@ -33,9 +33,9 @@ Events = Generator[simpy.Event, Any, None]
 class Shards:
     """How shards come; bytes/s and seconds. An exchange_steps of 0: all of them are there; of 0.25: four a step.
 
-    pool_shards: of the ring. fetches: nodes that need a shard, on average. ahead_steps: how long before it is needed a fetch begins, at the
-    earliest. at_a_time: fetches of one node, which share its network card alike. connection_bytes_per_s: of the connections
-    of one fetch. hash_bytes_per_s: of checking what came.
+    pool_shards: of the ring. fetches: nodes that need a shard, on average. ahead_steps: how long before it is needed a
+    fetch begins, at the earliest. at_a_time: fetches of one node, which share its network card alike.
+    connection_bytes_per_s: of the connections of one fetch. hash_bytes_per_s: of checking what came.
     """
 
     exchange_steps: float = 0.0
@@ -134,8 +134,10 @@ class Simulation:
             yield self._queues[node].put(step)
 
     def _plan_fetches(self) -> None:
-        """Which nodes fetch which shard: the one whose arc of the ring it enters, and now and then a neighbour. So shards
-        that follow one another are of one node, until the next arc begins (`loaders.shard_pool`)."""
+        """Which nodes fetch which shard: the one whose arc of the ring it enters, and now and then a neighbour.
+
+        So shards that follow one another are of one node, until the next arc begins (`loaders.shard_pool`).
+        """
         shards, nodes = self._training.shards, self._training.nodes
         first = math.ceil(shards.ahead_steps / shards.exchange_steps)  # what is needed sooner is in the pool
         for number in range(first, math.ceil(self._steps / shards.exchange_steps)):
