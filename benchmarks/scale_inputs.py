@@ -143,6 +143,16 @@ class Measured:
         """Bytes of a frame in a shard; they grow with the pixels."""
         return (self.frame_bytes + backward * self.backward_bytes) * pixels / self.pixels
 
+    def fetches_of(self, nodes: int) -> float:
+        """Nodes that fetch a shard: linear between the numbers of nodes that the draw's statistics have, for any batch.
+
+        Each window is drawn from its own part of the ring, so only shards at the nodes - 1 borders between arcs are
+        needed twice: 1 + c (nodes - 1) / POOL_SHARDS of all, where c = 1 for borders that stand still. A border wanders
+        alike with any batch in the time that a shard stays, if a pass takes the same number of samples.
+        """
+        known = sorted(self.fetches)
+        return min(nodes, float(np.interp(nodes, known, [self.fetches[n] for n in known])))
+
 
 def read_measured(results: Path) -> Measured:
     """From a folder of results files. Raises FileNotFoundError if one that is needed is not there."""

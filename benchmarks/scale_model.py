@@ -166,17 +166,6 @@ def node_rates(measured: Measured) -> dict[str, dict[str, float]]:
     return {"gpu": gpu, "cpu": cpu}
 
 
-def fetches_of(nodes: int, measured: Measured) -> float:
-    """Nodes that fetch a shard, by the published statistics of the draw, between whose numbers of nodes it is linear.
-
-    Each window is drawn from its own part of the ring, so only the nodes - 1 borders between arcs, which hardly wander,
-    have shards that two nodes need: 1 + c (nodes - 1) / POOL_SHARDS, where c = 1 for borders that stand still. Any
-    batch sees a border wander alike in the time that a shard stays, for a pass moves the pool as far.
-    """
-    known = sorted(measured.fetches)
-    return min(nodes, float(np.interp(nodes, known, [measured.fetches[n] for n in known])))
-
-
 def training_of(
     measured: Measured, nodes: int, *, kind: str = "gpu", scaling: str = "weak", k: int = 1, card_gbit: float = 25.0,
     compression: str = "none",
@@ -192,7 +181,7 @@ def training_of(
         exchange_steps=exchange_steps(row["shards"], batch_size),
         pool_shards=POOL_SHARDS,
         shard_bytes=row["shard_bytes"],
-        fetches=fetches_of(nodes, measured),
+        fetches=measured.fetches_of(nodes),
         ahead_steps=int(ASSUMED["ahead_steps"]),
         at_a_time=int(ASSUMED["at_a_time"]),
         store_bytes_per_s=ASSUMED["store_gbit_per_s"] * GBIT,

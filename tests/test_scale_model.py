@@ -259,7 +259,7 @@ def test_fetches_are_those_of_the_draw(nodes, scaling, measured):
         drawn = draw_pooled(pool.at(0, int(step / exchange)), batch_size, rng)  # one epoch: entry = exchanges so far
         touched[shard_of[drawn], np.arange(batch_size) * nodes // batch_size] = True
     whole = draw_shard_order(0, 0, len(table.shards))[pool_shards : -pool_shards - 1]  # came and went
-    assert scale_model.fetches_of(nodes, measured) == pytest.approx(touched[whole].sum(1).mean(), rel=0.1)
+    assert measured.fetches_of(nodes) == pytest.approx(touched[whole].sum(1).mean(), rel=0.1)
 
 
 def test_a_pass_takes_as_many_shards_a_step_as_it_needs():
@@ -332,7 +332,7 @@ def test_published_sets_follow_from_the_published_measurements(measured):
     assert result["sets"] == now
     assert result["node_rates"] == json.loads(json.dumps(scale_model.node_rates(measured)))
     for row in result["training"]:
-        assert row["fetches"] == scale_model.fetches_of(row["nodes"], measured)
+        assert row["fetches"] == measured.fetches_of(row["nodes"])
     for row in result["extraction"]:
         assert row["speedup"] <= row["nodes"]
 
@@ -360,7 +360,7 @@ def test_fetches_are_read_where_they_were_measured(tmp_path):
     (tmp_path / "draw_statistics.json").write_text(json.dumps({"rows": [row(16, 3), row(256, 6.4)]}))
     found = read_measured(tmp_path)
     assert found.fetches == {2: 1.2, 64: 7.4}
-    assert [scale_model.fetches_of(nodes, found) for nodes in (2, 33, 64)] == pytest.approx([1.2, 4.3, 7.4])
+    assert [found.fetches_of(nodes) for nodes in (2, 33, 64)] == pytest.approx([1.2, 4.3, 7.4])
     (tmp_path / "draw_statistics.json").write_text(json.dumps({"rows": [row(16, 3)]}))
     with pytest.raises(ValueError, match="no row of Kinetics-700"):
         read_measured(tmp_path)
