@@ -97,7 +97,7 @@ def training_rate(training: Training, steps: int, factors: Mapping[str, float]) 
     shards = replace(
         shards,
         shard_bytes=shards.shard_bytes * f["shard_bytes"],
-        fetches=min(training.nodes, shards.fetches * f["fetches"]),
+        fetches=min(training.nodes, max(1.0, shards.fetches * f["fetches"])),  # somebody needs it
         store_bytes_per_s=shards.store_bytes_per_s * f["store_rate"],
         card_bytes_per_s=shards.card_bytes_per_s * f["card_rate"],
         connection_bytes_per_s=shards.connection_bytes_per_s * f["connection_rate"],
