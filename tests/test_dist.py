@@ -283,8 +283,6 @@ THREE = {"min_nodes": 3, "max_nodes": 3, "rdzv": "localhost:29500"}
         (Machines(min_nodes=2, max_nodes=2), 256, "--nodes 2 needs --rdzv HOST:PORT"),
         (Machines(min_nodes=3, max_nodes=2), 256, "--nodes 3:2: the least must be at least 1, the most no less"),
         (Machines(min_nodes=0, max_nodes=2), 256, "--nodes 0:2: the least must be at least 1"),
-        (Machines(rdzv="node0:29500"), 256, "--rdzv and --node-rank are for several machines: say how many by --nodes"),
-        (Machines(node_rank=0), 256, "--rdzv and --node-rank are for several machines"),
         (Machines(**{**THREE, "rdzv": "node0"}), 256, "--rdzv node0 must be HOST:PORT, such as node0:29500"),
         (Machines(**{**THREE, "rdzv": "node0:65536"}), 256, "--rdzv node0:65536 must be .* a port from 1 to 65535"),
         (Machines(**{**THREE, "rdzv": "no.such.invalid:1"}), 256, "no.such.invalid cannot be reached from here"),
@@ -318,6 +316,12 @@ def test_machines_are_as_asked():
     assert several.world_sizes == [4, 6, 8]
     assert (several.rdzv, several.rdzv_id, several.max_restarts, several.node_rank) == ("h:1", "x", 3, None)
     assert asked("--nodes=3", "--node-rank=0").node_rank == 0
+    asked("--nodes=1", "--rdzv=node0:29500").check()  # as the script of a job has it that is given one machine
+    for alone in ("--rdzv=node0:29500", "--node-rank=0"):
+        with pytest.raises(
+            ValueError, match="--rdzv and --node-rank are for several machines: say how many by --nodes"
+        ):
+            asked(alone)
     for words in ("two", "2:", ":2", "-1", "1:2:3", "²"):
         with pytest.raises(ValueError, match=f"--nodes {words}: a number of machines, such as 4, or MIN:MAX"):
             asked(f"--nodes={words}")

@@ -277,8 +277,6 @@ def adapt(program, arguments):
     """A program's arguments on the generated data."""
     adapted = [WORDS.get(word, word) for word in arguments]
     if program not in RUN_BY:
-        for option in {"--rdzv", "--node-rank"} & set(adapted):  # a run of one machine meets nobody
-            del adapted[adapted.index(option) : adapted.index(option) + 2]
         for option, value in VALUES.items():
             for at in (at for at, word in enumerate(adapted) if word == option):
                 adapted[at + 1] = value

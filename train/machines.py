@@ -55,10 +55,9 @@ class Machines:
         several = parser.add_argument_group("several machines")
         several.add_argument(
             "--nodes",
-            default="1",
             metavar="N",
             help="machines; run the same command on each, with one run folder that all see; MIN:MAX goes on with any "
-            "number in between (default %(default)s)",
+            "number in between (default 1)",
         )
         several.add_argument("--rdzv", default="", metavar="HOST:PORT", help="where they meet: a port of one of them")
         several.add_argument(
@@ -76,10 +75,14 @@ class Machines:
 
     @staticmethod
     def from_arguments(options: argparse.Namespace) -> Machines:
-        """Raises ValueError if --nodes is neither a number nor two."""
-        if not re.fullmatch(r"\d{1,6}(:\d{1,6})?", options.nodes, re.ASCII):
-            raise ValueError(f"--nodes {options.nodes}: a number of machines, such as 4, or MIN:MAX, such as 2:4.")
-        least, _, most = options.nodes.partition(":")
+        """Raises ValueError if --nodes is neither a number nor two, or is missing where machines are to meet."""
+        nodes = options.nodes or "1"
+        if not options.nodes and (options.rdzv or options.node_rank is not None):
+            # Each of the machines would train alone, in one run folder.
+            raise ValueError("--rdzv and --node-rank are for several machines: say how many by --nodes N.")
+        if not re.fullmatch(r"\d{1,6}(:\d{1,6})?", nodes, re.ASCII):
+            raise ValueError(f"--nodes {nodes}: a number of machines, such as 4, or MIN:MAX, such as 2:4.")
+        least, _, most = nodes.partition(":")
         return Machines(
             num_gpus=options.gpus,
             num_procs=options.procs if options.procs is not None else max(1, options.gpus),
@@ -131,9 +134,7 @@ class Machines:
                     f"--node-rank {self.node_rank} with --nodes {self.max_nodes}: ranks go from 0, the machine of "
                     f"--rdzv, to {self.max_nodes - 1}."
                 )
-        if self.max_nodes == 1:
-            if self.rdzv or self.node_rank is not None:  # each of the machines would train alone, in one run folder
-                raise ValueError("--rdzv and --node-rank are for several machines: say how many by --nodes N.")
+        if self.max_nodes == 1:  # a job of one machine, whose script names where it would meet others
             return
         if not self.rdzv:
             raise ValueError(f"--nodes {self.max_nodes} needs --rdzv HOST:PORT, the same on every machine.")
