@@ -81,37 +81,37 @@ def pack(
         )
     catalog = read_catalog(videos, splits, dataset, seed)
     codec = codec or Codec()
-    processes = make_engine(engine, method, num_workers, num_gpus, ray_address)
-    check = partial(processes.prove, parameters or {})
-    # Before the folder is bound to them. OpenCV's methods with their own parameters need no proof.
-    flow = check() if parameters or method in GPU_METHODS else flow_method(method).metadata()
-    settings = {
-        "name": catalog.name,
-        "flow": {**flow, "camera": camera_metadata(camera)},
-        "codec": codec.metadata(),
-        "size_px": size_px,
-        "backward": backward,
-        "seed": seed,
-        "videos_per_shard": videos_per_shard,
-        "input_sha256": input_digest([[v.video_id, v.path.stat().st_size] for v in catalog.videos], catalog.splits),
-    }
-    with processes, open_target(out, work) as target:
-        was_complete = target.begin(settings)
-        if not was_complete:
-            shards = seeded_shards(catalog.videos, videos_per_shard, seed)
-            write_shards(
-                shards,
-                target,
-                partial(_task, catalog, settings, parameters or {}, processes.num_gpus),
-                write_fragment,
-                items_per_task=1,
-                engine=processes,
-                unit="video",
-                check=check,
-            )
-            write_lines(target.folder / MISSING_NAME, catalog.missing)
-            finish(target, len(shards), settings, catalog.splits, partial(_summary, catalog), unit="video")
-        target.end()
+    with make_engine(engine, method, num_workers, num_gpus, ray_address) as processes:
+        check = partial(processes.prove, parameters or {})
+        # Before the folder is bound to them. OpenCV's methods with their own parameters need no proof.
+        flow = check() if parameters or method in GPU_METHODS else flow_method(method).metadata()
+        settings = {
+            "name": catalog.name,
+            "flow": {**flow, "camera": camera_metadata(camera)},
+            "codec": codec.metadata(),
+            "size_px": size_px,
+            "backward": backward,
+            "seed": seed,
+            "videos_per_shard": videos_per_shard,
+            "input_sha256": input_digest([[v.video_id, v.path.stat().st_size] for v in catalog.videos], catalog.splits),
+        }
+        with open_target(out, work) as target:
+            was_complete = target.begin(settings)
+            if not was_complete:
+                shards = seeded_shards(catalog.videos, videos_per_shard, seed)
+                write_shards(
+                    shards,
+                    target,
+                    partial(_task, catalog, settings, parameters or {}, processes.num_gpus),
+                    write_fragment,
+                    items_per_task=1,
+                    engine=processes,
+                    unit="video",
+                    check=check,
+                )
+                write_lines(target.folder / MISSING_NAME, catalog.missing)
+                finish(target, len(shards), settings, catalog.splits, partial(_summary, catalog), unit="video")
+            target.end()
     return read_report(target, missing=catalog.missing, unlisted=catalog.unlisted, was_complete=was_complete)
 
 

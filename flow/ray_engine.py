@@ -7,42 +7,33 @@
 A fragment depends on its task only, so the shards are those of the local engine, whatever nodes do. What could make it
 differ is looked at with every task: the node's versions, a field that it computes, and the sizes of what it reads.
 
-Ray's own retries are turned off: after a lack of memory they have no end, and a death of the node counts as one of the
-task. A task whose process dies is tried again among the others, and, if that dies too, once all else is done, alone,
-in a process in which nothing was done before. Only if that dies as well is it lost. One whose node dies is tried again
-until it has outlived a handful of nodes.
+Ray's own retries of tasks are turned off: after a lack of memory they have no end, and a death of the node counts as
+one of the task. A task whose process dies is tried again among the others, and, if that dies too, once all else is
+done, alone, in a process in which nothing was done before. Only if that dies as well is it lost. One whose node dies is
+tried again until it has outlived a handful of nodes.
 """
 
-import hashlib
 import logging
 import os
 import re
 import secrets
 import signal
-import socket
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass, replace
-from functools import lru_cache, partial
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from types import ModuleType, TracebackType
-from typing import Any, NoReturn, Self, TypeVar
+from typing import Any, Self, TypeVar
 
-import numpy as np
-import numpy.typing as npt
-
+from flow import ray_node
 from flow.devices import WORKERS_PER_GPU, count_gpus, prove
-from flow.extract import GPU_METHODS, flow_method, sample_pair
 from flow.fragment import fragment_file
-from flow.pool import default_num_workers, run_alone
+from flow.pool import default_num_workers
 from flow.resume import PackTask
-from flow.video import import_cv2
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +72,7 @@ class RayEngine:
         self._method, self._num_workers, self._address = method, num_workers, address
         self._num_cpus, self._counted_s = 0.0, 0.0
         self._joined = False
+        self._failed_on = ""  # id of the node where a task raised a RuntimeError last
         self._silence_s, self._silence_told = 0.0, False
         self._thread = ThreadPoolExecutor(1)
         try:
@@ -106,6 +98,7 @@ class RayEngine:
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
         own: dict[str, Any] = {"num_cpus": self._num_workers or default_num_workers(), "include_dashboard": False}
         self._joined = True
+        self._failed_on = ""
         try:
             init = partial(self._ray.init, log_to_driver=False, logging_level="CRITICAL")
             self._ask(init, address=self._address or "local", **({} if self._address else own))
@@ -121,7 +114,7 @@ class RayEngine:
             raise
         _restore_signals()
         # max_calls: a process goes on to the next task, also one that has opened a GPU.
-        self._plain = self._ray.remote(num_cpus=1, max_retries=0, max_calls=0)(_work)
+        self._plain = self._ray.remote(num_cpus=1, max_retries=0, max_calls=0)(ray_node.work)
         self._proof = self._ray.remote(num_cpus=1, max_retries=_NODE_DEATHS)(prove)
 
     def _leave(self) -> None:
@@ -161,10 +154,15 @@ class RayEngine:
     # --- work ----------------------------------------------------------------------------------------------------
 
     def prove(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
-        """Metadata of the method, once it has computed a field on a node. Raises ValueError."""
+        """Metadata of the method, once it has computed a field on a node: on that where a task has failed, if one has.
+        Raises ValueError."""
         self._join()
         try:
-            ref = self._proof.options(**self._options()).remote(self._method, self._device, dict(parameters))
+            options = self._options()
+            if self._failed_on:  # another node would prove nothing of this one
+                strategies = self._ray.util.scheduling_strategies
+                options["scheduling_strategy"] = strategies.NodeAffinitySchedulingStrategy(self._failed_on, soft=False)
+            ref = self._proof.options(**options).remote(self._method, self._device, dict(parameters))
             # Waited for in turns: a task that is only asked for would keep the thread from all else.
             while not self._ready({ref: None}):
                 pass
@@ -186,7 +184,7 @@ class RayEngine:
     ) -> Generator[tuple[Task, Result | None], None, None]:
         """As `flow.pool.run_pool`. Raises ValueError if a node would not yield the same bytes, or reads other files."""
         self._join()
-        identity = dict(node_identity(self._method, compare_field=not self.num_gpus))
+        identity = dict(ray_node.node_identity(self._method, compare_field=not self.num_gpus))
         start = partial(self._start, function, _Token(), on_error is not None)
         todo = iter(tasks)
         running: dict[Any, _Attempt] = {}
@@ -221,7 +219,7 @@ class RayEngine:
         self, function: Callable[[Task], Any], token: "_Token", fails: bool, task: Task, alone: bool = False
     ) -> Any:
         place = os.getcwd(), token.in_folder(task.fragment.parent)
-        job = _Job(function, *place, self._method, self.num_gpus > 0, fails, alone)
+        job = ray_node.Job(function, *place, self._method, self.num_gpus > 0, fails, alone)
         return self._plain.options(**self._options()).remote(job, task)
 
     def _ready(self, running: Mapping[Any, Any]) -> list[Any]:
@@ -249,13 +247,13 @@ class RayEngine:
                 *(table.get(kind, 0) for kind in ("CPU", "GPU") for table in (free, there)),
             )
 
-    def _outcome(self, ref: Any, attempt: "_Attempt") -> "_Outcome | None":
+    def _outcome(self, ref: Any, attempt: "_Attempt") -> ray_node.Outcome | None:
         """What a task returned; None, which is noted, if its process or node died."""
         exceptions = self._ray.exceptions
         crashes = (exceptions.WorkerCrashedError, exceptions.OutOfMemoryError)
         deaths = (exceptions.NodeDiedError, exceptions.ObjectLostError)
         try:
-            outcome: _Outcome = self._get(ref, crashes + deaths)
+            outcome: ray_node.Outcome = self._get(ref, crashes + deaths)
         except crashes:
             attempt.num_crashes += 1
         except deaths:
@@ -287,7 +285,7 @@ class RayEngine:
         found: Exception = cause or error
         return found
 
-    def _accept(self, task: Task, outcome: "_Outcome", identity: dict[str, str]) -> Any:
+    def _accept(self, task: Task, outcome: ray_node.Outcome, identity: dict[str, str]) -> Any:
         """The result, once it is sure that it is what it would be here; the fragment is in its place then."""
         if "GPU" in outcome.identity:  # this machine need not have one: that of the first task counts
             identity.setdefault("GPU", outcome.identity["GPU"])
@@ -300,7 +298,7 @@ class RayEngine:
                 f"Node {outcome.node} would pack other bytes: {differing}. Install the same versions on every node, of "
                 "machines of one kind; the same command goes on."
             )
-        for path, there, here in zip(task.inputs, outcome.sizes, _sizes(task), strict=True):
+        for path, there, here in zip(task.inputs, outcome.sizes, ray_node.sizes(task), strict=True):
             if there != here:
                 what = "does not see" if there is None else f"sees {there:,} bytes, and not {here:,}, in"
                 raise ValueError(
@@ -310,10 +308,10 @@ class RayEngine:
         if outcome.content is not None:
             with fragment_file(task.fragment) as file:
                 file.write(outcome.content.data)
-        elif outcome.num_bytes is not None and _size(task.fragment) != outcome.num_bytes:
+        elif outcome.num_bytes is not None and ray_node.size(task.fragment) != outcome.num_bytes:
             raise OSError(
-                f"{task.fragment} has {_size(task.fragment)} bytes, and not the {outcome.num_bytes:,} that node "
-                f"{outcome.node} wrote. Is the file system the same on both? The same command goes on."
+                f"{task.fragment} has {ray_node.size(task.fragment)} bytes, and not the {outcome.num_bytes:,} that "
+                f"node {outcome.node} wrote. Is the file system the same on both? The same command goes on."
             )
         return outcome.result
 
@@ -334,6 +332,7 @@ class RayEngine:
                 pass
             outcome = self._outcome(ref, attempt)
             if outcome is not None and outcome.error is not None and on_error is not None:
+                self._failed_on = outcome.node_id
                 return on_error(task, outcome.error)
             if outcome is not None:
                 result: Result | None = self._accept(task, outcome, identity)
@@ -361,12 +360,9 @@ class _Token:
 
     def in_folder(self, folder: Path) -> str:
         if folder not in self._folders:
-            (folder / _TOKEN).write_text(self._text)
+            (folder / ray_node.TOKEN).write_text(self._text)
             self._folders.add(folder)
         return self._text
-
-
-_TOKEN = "token"
 
 
 def _import_ray() -> ModuleType:
@@ -404,132 +400,3 @@ def _node_failure(error: Exception, ip: str | None) -> str:
     if isinstance(error, ImportError) or str(error).startswith(_NO_FUNCTION):
         return f"Ray, on {node}: {_line(error)} Install two-stream on every node."
     return f"Ray, on {node}: {type(error).__name__}: {_line(error)} See `ray status`; the same command goes on."
-
-
-# --- on a node ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What a task is given besides itself.
-
-    folder: that relative paths begin at. token: of the fragment's folder. method: of flow, or None. on_gpu: it runs on
-    one; else its field is compared. fails: a RuntimeError ends the process. alone: in a process of its own.
-    """
-
-    function: Callable[[Any], Any]
-    folder: str
-    token: str
-    method: str | None
-    on_gpu: bool
-    fails: bool
-    alone: bool
-
-
-@dataclass(frozen=True)
-class _Outcome:
-    """node: for people. sizes: of what was read. num_bytes: of the fragment, None if there is none. content: the
-    fragment, if its folder is not seen there. error: a RuntimeError of a task that was alone."""
-
-    node: str
-    identity: dict[str, str]
-    sizes: list[int | None]
-    result: Any
-    num_bytes: int | None
-    content: npt.NDArray[np.uint8] | None
-    error: RuntimeError | None = None
-
-
-def _work(job: _Job, task: Any) -> _Outcome:
-    """Do one task on a node."""
-    with suppress(OSError):
-        os.chdir(job.folder)
-    identity, sizes = node_identity(job.method, compare_field=not job.on_gpu), _sizes(task)
-    if job.on_gpu:
-        identity = {**identity, "GPU": _gpu()}
-    if _sees(task.fragment.parent, job.token):
-        result, error = _call(job, task)
-        return _Outcome(_node(), identity, sizes, result, _size(task.fragment), None, error)
-    with tempfile.TemporaryDirectory(prefix="two-stream-") as scratch:
-        fragment = Path(scratch, task.fragment.name)
-        try:
-            result, error = _call(job, replace(task, fragment=fragment))
-        except OSError as failure:
-            failure.filename = failure.filename or tempfile.gettempdir()  # and not the pack's folder
-            raise
-        content = np.fromfile(fragment, np.uint8) if fragment.exists() else None
-    return _Outcome(_node(), identity, sizes, result, None, content, error)
-
-
-def _call(job: _Job, task: Any) -> tuple[Any, RuntimeError | None]:
-    try:
-        return (run_alone(job.function, task) if job.alone else job.function(task)), None
-    except RuntimeError as error:
-        if not job.fails:
-            raise
-        if job.alone:
-            return None, error
-        _end_process()
-
-
-def _end_process() -> NoReturn:
-    """As if it had crashed: of a GPU's library it may be of no use afterwards, and the next task may not meet it."""
-    os._exit(1)
-
-
-def _sees(folder: Path, token: str) -> bool:
-    try:
-        return (folder / _TOKEN).read_text() == token
-    except (OSError, ValueError):
-        return False
-
-
-def _size(path: Path) -> int | None:
-    """Bytes of a file, 0 for a folder, None if it is not there."""
-    try:
-        return 0 if path.is_dir() else path.stat().st_size
-    except OSError:
-        return None
-
-
-def _sizes(task: PackTask) -> list[int | None]:
-    return [_size(path) for path in task.inputs]
-
-
-def _node() -> str:
-    """This node, for people."""
-    ray = _import_ray()
-    return f"{socket.gethostname()} ({ray.util.get_node_ip_address()}, {ray.get_runtime_context().get_node_id()[:8]})"
-
-
-@lru_cache
-def node_identity(method: str | None, *, compare_field: bool) -> dict[str, str]:
-    """What the bytes of a fragment depend on besides its task: the code, its libraries, and how this processor rounds.
-
-    method: of flow, or None. compare_field: with one of its fields, computed on the CPU.
-    """
-    sources = sorted(Path(__file__).parent.glob("*.py"))
-    identity = {
-        "two-stream": hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12],
-        "opencv": import_cv2().__version__,
-        "numpy": np.__version__,
-    }
-    if method in GPU_METHODS:
-        identity["torch"] = _version("torch")
-    if method is not None and compare_field:
-        identity[f"{method} field"] = hashlib.sha256(flow_method(method)(*sample_pair()).tobytes()).hexdigest()[:12]
-    return identity
-
-
-def _gpu() -> str:
-    """The kind of GPU that this task was given."""
-    import torch
-
-    return str(torch.cuda.get_device_name()) if torch.cuda.is_available() else "none"
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "none"

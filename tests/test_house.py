@@ -21,7 +21,7 @@ DOORS = {
     "safetensors": {"train/export.py"},
     "fsspec": {"flow/store.py"},
     "aiohttp": {"flow/store.py"},
-    "ray": {"flow/ray_engine.py"},
+    "ray": {"flow/ray_engine.py", "flow/ray_node.py"},
 }
 
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from flow import images, pack, ray_engine
+from flow import images, pack, ray_engine, ray_node
 from flow.codec import Codec
 from flow.fragment import FragmentTask, Recipe, write_fragment
 from flow.ray_engine import RayEngine
@@ -191,7 +191,7 @@ def test_a_video_that_no_node_survives_is_lost_in_the_end(tasks, ray):
 
 def test_a_node_that_differs_is_named(tasks, ray, monkeypatch):
     fake = ray()
-    identity = ray_engine.node_identity
+    identity = ray_node.node_identity
     calls = []
 
     def other(method, compare_field):
@@ -199,7 +199,7 @@ def test_a_node_that_differs_is_named(tasks, ray, monkeypatch):
         found = identity(method, compare_field=compare_field)
         return {**found, "opencv": "4.0.0"} if len(calls) > 1 else found
 
-    monkeypatch.setattr(ray_engine, "node_identity", other)
+    monkeypatch.setattr(ray_node, "node_identity", other)
     with pytest.raises(
         ValueError, match=r"Node .*10\.0\.0\.7, 01234567\) would pack other bytes: opencv 4\.0\.0, and not"
     ):
@@ -210,8 +210,8 @@ def test_a_node_that_differs_is_named(tasks, ray, monkeypatch):
 @pytest.mark.parametrize(("there", "message"), [(None, "does not see"), (7, "sees 7 bytes, and not")])
 def test_a_node_that_sees_other_videos_is_named(tasks, ray, monkeypatch, there, message):
     ray()
-    work = ray_engine._work
-    monkeypatch.setattr(ray_engine, "_work", lambda *given: dataclasses.replace(work(*given), sizes=[there]))
+    work = ray_node.work
+    monkeypatch.setattr(ray_node, "work", lambda *given: dataclasses.replace(work(*given), sizes=[there]))
     with pytest.raises(ValueError, match=f"{message}.*a.avi.*same path"):
         list(RayEngine("dis", None, None, None).run(write_fragment, tasks))
 
@@ -229,6 +229,34 @@ def test_an_exception_of_a_task_is_raised_and_the_cluster_is_left(tasks, ray):
     with pytest.raises(FileNotFoundError):
         tasks[1] = dataclasses.replace(tasks[1], fragment=tasks[1].fragment.parent / "none" / "b")
         list(RayEngine("dis", None, None, None).run(write_fragment, tasks))
+    assert fake.joined == 0
+
+
+def test_a_method_is_proven_where_a_task_has_failed(tasks, ray, monkeypatch):
+    """Another node's library would say nothing of that node's."""
+    fake = ray(b=["WorkerCrashedError", "WorkerCrashedError"])
+    asked = []
+    affinity = SimpleNamespace(NodeAffinitySchedulingStrategy=lambda node_id, soft: (node_id, soft))
+    fake.util.scheduling_strategies = affinity
+    monkeypatch.setattr(
+        ray_node, "run_alone", lambda function, task: (_ for _ in ()).throw(RuntimeError("device lost"))
+    )
+    with RayEngine("dis", None, None, None) as engine:
+
+        def on_error(task, error):
+            asked.append(str(error))
+            monkeypatch.setattr(
+                engine, "_proof", SimpleNamespace(options=lambda **options: asked.append(options) or Broken())
+            )
+            return engine.prove({})
+
+        class Broken:
+            def remote(self, *_):
+                raise ValueError("no field there")
+
+        with pytest.raises(ValueError, match="no field there"):
+            list(engine.run(write_fragment, tasks, on_error))
+    assert asked == ["device lost", {"scheduling_strategy": ("0123456789", False)}]
     assert fake.joined == 0
 
 
@@ -265,16 +293,16 @@ def test_errors_of_ray_and_of_nodes_say_where_and_what_to_do(tasks, ray, error, 
 def test_gpus_are_of_one_kind_and_torch_is_compared_there_too(tasks, ray, monkeypatch):
     fake = ray()
     fake.num_gpus = 1.0
-    identity = ray_engine.node_identity("brox", compare_field=False)
+    identity = ray_node.node_identity("brox", compare_field=False)
     assert identity["torch"] not in ("", "none") and not any("field" in key for key in identity)
     kinds = iter(["H100", "H100", "A100"])
-    monkeypatch.setattr(ray_engine, "_gpu", lambda: next(kinds))
+    monkeypatch.setattr(ray_node, "gpu_name", lambda: next(kinds))
     with pytest.raises(ValueError, match="would pack other bytes: GPU A100, and not H100"):
         list(RayEngine("brox", None, None, None).run(write_fragment, tasks))
-    monkeypatch.setattr(ray_engine, "_gpu", lambda: "H100")
+    monkeypatch.setattr(ray_node, "gpu_name", lambda: "H100")
     torch = iter(["2.13.0", "2.13.0", "2.12.0"])
-    monkeypatch.setattr(ray_engine, "_version", lambda _: next(torch))
-    monkeypatch.setattr(ray_engine, "node_identity", ray_engine.node_identity.__wrapped__)
+    monkeypatch.setattr(ray_node, "_version", lambda _: next(torch))
+    monkeypatch.setattr(ray_node, "node_identity", ray_node.node_identity.__wrapped__)
     with pytest.raises(ValueError, match=r"other bytes: torch 2\.12\.0, and not 2\.13\.0"):
         list(RayEngine("brox", None, None, None).run(write_fragment, tasks))
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from servers import free_port, need
 
-from flow import demo, pack
+from flow import demo, pack, ray_node
 from flow.catalog import list_videos
 from flow.ray_engine import RayEngine
 from tests import deadly
@@ -35,7 +35,9 @@ class Node:
 
     def works(self):
         """Whether a task runs there."""
-        return any(b"ray::_work" in _command(pid) for pid in processes.tree(self.process.pid))
+        return any(
+            f"ray::{ray_node.work.__name__}".encode() in _command(pid) for pid in processes.tree(self.process.pid)
+        )
 
     def end(self, *, kill=False):
         """As `ray stop` does, or at once."""
