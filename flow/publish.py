@@ -40,6 +40,7 @@ from flow.resume import (
     read_state,
 )
 from flow.shard import json_bytes, shard_name
+from flow.shard import publish as give_name
 from flow.store import PIECE_BYTES, Store, is_url
 from flow.untrusted import MAX_JSON_BYTES, MAX_LIST_BYTES, read_bounded
 
@@ -145,12 +146,17 @@ class StoreTarget(Target):
 
     def _send(self, number: int) -> None:
         put_shard(self._store, self.folder, read_state(self.folder, number)["shard"])
+        write_husk(self.folder / shard_name(number), self._unfinished(number))
 
     def _bury(self, number: int) -> None:
         """Note that a shard is published."""
-        tar = self.folder / shard_name(number)
-        write_husk(tar, husk_path(self.folder, number))
-        tar.unlink()
+        give_name(self._unfinished(number), husk_path(self.folder, number))
+        (self.folder / shard_name(number)).unlink()
+
+    def _unfinished(self, number: int) -> Path:
+        """A husk, which takes seconds, on its way to its name."""
+        husk = husk_path(self.folder, number)
+        return husk.with_name(f"{husk.name}.tmp")
 
     def build_index(self) -> None:
         """As of Target, from the husks. Waits until all shards are published."""
@@ -202,7 +208,7 @@ class StoreTarget(Target):
 
 
 class _Uploads:
-    """A thread that sends shards in their order. bury: what to do when one is sent; never after `close`."""
+    """A thread that sends shards in their order. bury: what to do at once when one is sent; never after `close`."""
 
     def __init__(self, send: Callable[[int], None], bury: Callable[[int], None]) -> None:
         self._send, self._bury = send, bury
