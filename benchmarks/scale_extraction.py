@@ -1,7 +1,7 @@
 """Extraction on many nodes, as discrete events: `flow.pool` and `flow.resume`, machines in the place of processes.
 
     driver   hands out videos, two for each slot, in the order of the shards; joins a shard as soon as its fragments are
-             there, and hands out nothing meanwhile; uploads it beside that
+             there, and hands out nothing meanwhile; uploads them beside that, one after the other
     slot     a core of a node: takes a video, works on every frame of it, sends the fragment
     node     fails at random: what its slots work on is handed out again, first of all; it is back after a while
 
@@ -43,6 +43,7 @@ class Work:
 class Cluster:
     """Nodes and driver; bytes/s and seconds.
 
+    receive_bytes_per_s: at which the driver takes and writes fragments that are sent to it, when it joins no shard.
     card_bytes_per_s: of a network card, each way. through: "driver" or "shared". shared_bytes_per_s: of the shared file
     system. connection_bytes_per_s: of one connection to the store, of which an upload uses `connections`. mean_up_s:
     between failures of a node.
@@ -51,6 +52,7 @@ class Cluster:
     nodes: int
     cores: int
     join_bytes_per_s: float
+    receive_bytes_per_s: float = math.inf
     card_bytes_per_s: float = math.inf
     through: str = "driver"
     shared_bytes_per_s: float = math.inf
@@ -90,12 +92,13 @@ class Extraction:
         connected = cluster.connections * cluster.connection_bytes_per_s
         self._outward = Link(env, cluster.card_bytes_per_s, connected)
         self._handed_out = self.num_retries = 0
-        self._busy_s = self._joining_s = 0.0
+        self._busy_s = self._driver_s = 0.0
         #: When the driver has dealt with each video, in that order.
         self._ends: list[float] = []
         #: When each video that was not lost was begun, and when it was done.
         self._worked: list[tuple[float, float]] = []
         self._uploads: list[simpy.Process] = []
+        self._uploader = simpy.Resource(env)
 
     def run(self) -> dict[str, float]:
         """Seconds in all, and to the last shard that was joined; frames/s, and those of the steady stretch; how busy
@@ -117,7 +120,7 @@ class Extraction:
             "steady_frames_per_s": self._steady_rate(),
             "frames_per_s": float(self._work.frames.sum() / env.now),
             "slots_busy": self._busy_s / (slots * last_joined_s),
-            "driver_busy": self._joining_s / last_joined_s,
+            "driver_busy": self._driver_s / last_joined_s,
             "inward_busy": self._inward.num_bytes / (self._inward_bytes_per_s * last_joined_s),
             "retries": self.num_retries,
         }
@@ -146,17 +149,22 @@ class Extraction:
             self._hand_out()
         while len(self._ends) < len(work.frames):
             video = yield self._results.get()
+            if self._cluster.through == "driver":
+                yield from self._be_busy(self._num_bytes[video] / self._cluster.receive_bytes_per_s)
             shard = video // work.videos_per_shard
             left[shard] -= 1
             if not left[shard]:
                 seconds = shard_bytes[shard] / self._cluster.join_bytes_per_s
                 if self._cluster.through == "shared":  # read from there, and written there
                     seconds += 2 * shard_bytes[shard] / self._cluster.card_bytes_per_s
-                self._joining_s += seconds
-                yield env.timeout(seconds)
+                yield from self._be_busy(seconds)
                 self._uploads.append(env.process(self._upload(shard_bytes[shard])))
             self._ends.append(env.now)
             self._hand_out()
+
+    def _be_busy(self, seconds: float) -> Events:
+        self._driver_s += seconds
+        yield self._env.timeout(seconds)
 
     def _hand_out(self) -> None:
         if self._handed_out < len(self._work.frames):
@@ -164,9 +172,11 @@ class Extraction:
             self._handed_out += 1
 
     def _upload(self, num_bytes: float) -> Events:
-        yield self._env.timeout(self._cluster.latency_s)
-        if self._cluster.through == "driver":
-            yield self._outward.send(num_bytes)
+        with self._uploader.request() as turn:
+            yield turn
+            yield self._env.timeout(self._cluster.latency_s)
+            if self._cluster.through == "driver":
+                yield self._outward.send(num_bytes)
 
     def _slot(self, node: Node) -> Events:
         """A core of a node, to the end of the simulation."""

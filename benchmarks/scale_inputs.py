@@ -120,6 +120,7 @@ class Measured:
     lengths: np.ndarray
     startup_s: float
     join_bytes_per_s: float
+    receive_bytes_per_s: float
     hash_bytes_per_s: float
     index_frames_per_s: float
     index_frame_bytes: float
@@ -156,8 +157,16 @@ class Measured:
 
 def read_measured(results: Path) -> Measured:
     """From a folder of results files. Raises FileNotFoundError if one that is needed is not there."""
-    names = ("scale_costs", "flow_extraction", "footprint", "loader_throughput", "train_step", "scaling")
-    costs, extraction, footprint, throughput, step, scaling = (_read(results / f"{name}.json") for name in names)
+    names = (
+        "scale_costs",
+        "flow_extraction",
+        "footprint",
+        "loader_throughput",
+        "train_step",
+        "scaling",
+        "ray_overhead",
+    )
+    costs, extraction, footprint, throughput, step, scaling, ray = (_read(results / f"{name}.json") for name in names)
     stages = {(row["stage"], row["processes"]): row["ms_per_frame"]["median"] / 1e3 for row in costs["stages"]}
     cores = max(n for _, n in stages)
     opened = [row for row in footprint["rows"] if row["case"] == "open"]
@@ -177,6 +186,8 @@ def read_measured(results: Path) -> Measured:
         startup_s=next(row["s"]["median"] for row in costs["startup"] if row["processes"] == cores),
         # By the clock: the fastest round, since whatever else ran made the others slower.
         join_bytes_per_s=1e6 * costs["join"]["mb_per_s"]["max"],
+        # What sending adds to a fragment that a node writes itself: the driver takes it, and writes it.
+        receive_bytes_per_s=1e6 / (1 / ray["sent_mb_per_s"]["median"] - 1 / ray["seen_mb_per_s"]["median"]),
         hash_bytes_per_s=1e6 * costs["join"]["sha256_mb_per_s"]["max"],
         index_frames_per_s=costs["index"]["frames_per_s"]["max"],
         index_frame_bytes=costs["index"]["bytes_per_frame"],

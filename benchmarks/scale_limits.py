@@ -56,8 +56,8 @@ def sensitivity(rate: Callable[[Mapping[str, float]], float], better: Mapping[st
 
 
 #: Inputs of extraction, and of training input: 1 where more is better.
-EXTRACTION_INPUTS = {"core_s_per_frame": -1, "bytes_per_frame": -1, "join_rate": 1, "card_rate": 1,
-                     "videos_per_shard": -1, "connection_rate": 1, "mean_up": 1}  # fmt: skip
+EXTRACTION_INPUTS = {"core_s_per_frame": -1, "bytes_per_frame": -1, "join_rate": 1, "receive_rate": 1,
+                     "card_rate": 1, "videos_per_shard": -1, "connection_rate": 1, "mean_up": 1}  # fmt: skip
 TRAINING_INPUTS = {"loader_rate": 1, "compute_rate": 1, "card_rate": 1, "gradient_bytes": -1, "pace_spread": -1,
                    "shard_bytes": -1, "fetches": -1, "store_rate": 1, "connection_rate": 1, "hash_rate": 1,
                    "latency": -1}  # fmt: skip
@@ -75,6 +75,7 @@ def extraction_rate(work: Work, cluster: Cluster, factors: Mapping[str, float]) 
     cluster = replace(
         cluster,
         join_bytes_per_s=cluster.join_bytes_per_s * f["join_rate"],
+        receive_bytes_per_s=cluster.receive_bytes_per_s * f["receive_rate"],
         card_bytes_per_s=cluster.card_bytes_per_s * f["card_rate"],
         connection_bytes_per_s=cluster.connection_bytes_per_s * f["connection_rate"],
         mean_up_s=cluster.mean_up_s * f["mean_up"],

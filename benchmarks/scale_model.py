@@ -120,6 +120,7 @@ def cluster_of(measured: Measured, nodes: int) -> Cluster:
         nodes=nodes,
         cores=int(ASSUMED["cores"]),
         join_bytes_per_s=measured.join_bytes_per_s,
+        receive_bytes_per_s=measured.receive_bytes_per_s,
         card_bytes_per_s=ASSUMED["card_gbit_per_s"] * GBIT,
         shared_bytes_per_s=ASSUMED["store_gbit_per_s"] * GBIT,
         connection_bytes_per_s=1e6 * ASSUMED["connection_mb_per_s"],

@@ -9,6 +9,7 @@ INPUTS = {
     "core_s_per_frame": "time of a core a frame",
     "bytes_per_frame": "bytes a frame",
     "join_rate": "the driver's rate of joining shards",
+    "receive_rate": "the driver's rate of receiving fragments",
     "card_rate": "network card",
     "videos_per_shard": "videos a shard",
     "connection_rate": "rate of a connection to the store",

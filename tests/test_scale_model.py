@@ -99,12 +99,13 @@ def test_without_contention_it_is_list_scheduling():
     assert found["seconds"] == pytest.approx(max(free))
 
 
-@pytest.mark.parametrize("limit", ["join", "card", "shared"])
+@pytest.mark.parametrize("limit", ["join", "receive", "card", "shared"])
 def test_what_all_share_bounds_the_rate(limit):
     """64 nodes make 51,200 frames/s; the driver, its card or the file system carries a hundredth of their bytes."""
     work, bound = replace(WORK, frames=np.full(40 * 64 * 16, 100.0)), 512 * 30e3
     limits = {
         "join": {"join_bytes_per_s": bound},
+        "receive": {"receive_bytes_per_s": bound},
         "card": {"card_bytes_per_s": bound},
         "shared": {"through": "shared", "shared_bytes_per_s": bound},
     }
@@ -117,12 +118,20 @@ def test_what_all_share_bounds_the_rate(limit):
 def test_the_driver_is_busy_as_its_throughput_says():
     """Utilisation is throughput times service time, whatever else happens."""
     work = replace(WORK, frames=np.random.default_rng(1).integers(50, 300, 640).astype(float))
-    cluster = replace(ALONE, nodes=4, join_bytes_per_s=2e8, card_bytes_per_s=1e9, connection_bytes_per_s=1e8)
-    for through, service_s in (("driver", 1 / 2e8), ("shared", 1 / 2e8 + 2 / 1e9)):
+    cluster = replace(ALONE, nodes=4, join_bytes_per_s=2e8, receive_bytes_per_s=5e8)
+    cluster = replace(cluster, card_bytes_per_s=1e9, connection_bytes_per_s=1e8)
+    for through, service_s in (("driver", 1 / 2e8 + 1 / 5e8), ("shared", 1 / 2e8 + 2 / 1e9)):
         found = Extraction(work, replace(cluster, through=through)).run()
         throughput = work.frames.sum() * 30e3 / found["joined_s"]
         assert found["driver_busy"] == pytest.approx(throughput * service_s)
         assert found["slots_busy"] == pytest.approx(work.frames.sum() * 0.02 / (16 * found["joined_s"]))
+
+
+def test_shards_are_uploaded_one_after_the_other():
+    """So the store has them all no sooner than one connection's rate allows."""
+    cluster = replace(ALONE, connection_bytes_per_s=1e5, connections=2)
+    found = Extraction(WORK, cluster).run()
+    assert found["seconds"] >= WORK.frames.sum() * 30e3 / 2e5
 
 
 def test_failures_cost_repeated_work_and_nothing_is_lost():
