@@ -32,6 +32,8 @@ _THREADS = 4
 _MOST_MISSING = 8
 #: A thread that waits for a server ends with the process: it is not waited for any longer.
 _PATIENCE_S = 1.0
+#: Requests after which those shards are asked for again.
+_AGAIN = 8
 
 _NOW, _LATER = 1, 2
 _Task: TypeAlias = "tuple[int, int, int]"
@@ -50,9 +52,9 @@ class Fetcher:
         self._lock = threading.Lock()
         self._stopped = threading.Event()
 
-    def ask(self, shards: list[int], *, now: bool) -> int:
+    def ask(self, shards: list[int], *, now: bool) -> list[int]:
         """Have shards fetched that are not there, in this order; those that are count as used, the first one last.
-        Returns how many are not there."""
+        Returns those that are not there."""
         urgency = _NOW if now else _LATER
         there = {shard for shard in reversed(shards) if self._cache.touch(self._names[shard])}
         missing = [shard for shard in shards if shard not in there]
@@ -61,7 +63,7 @@ class Fetcher:
                 self._asked[shard] = urgency
                 self._tasks.put((urgency, next(self._count), shard))
                 self._start()
-        return len(missing)
+        return missing
 
     def _start(self) -> None:
         with self._lock:
@@ -107,12 +109,12 @@ def _work(
             asked.pop(shard, None)
 
 
-def ahead(requests: Iterator[Request], index: Index, ask: Callable[[list[int]], int]) -> Iterator[Request]:
+def ahead(requests: Iterator[Request], index: Index, ask: Callable[[list[int]], list[int]]) -> Iterator[Request]:
     """The same requests. While earlier ones are read, the shards of those that come are asked for, as many as the
-    cache holds, and asked for again with every request: or those that were read last, and are needed no more, would
+    cache holds, and asked for again every few requests: or those that were read last, and are needed no more, would
     stay in the cache longer than those that were fetched ahead of need.
 
-    ask: called with shards, those needed next first. Returns how many are not there.
+    ask: called with shards, those needed next first. Returns those that are not there.
     """
     if index.cache is None:
         return requests
@@ -120,15 +122,20 @@ def ahead(requests: Iterator[Request], index: Index, ask: Callable[[list[int]], 
 
 
 def _ahead(
-    requests: Iterator[Request], index: Index, ask: Callable[[list[int]], int], max_bytes: int
+    requests: Iterator[Request], index: Index, ask: Callable[[list[int]], list[int]], max_bytes: int
 ) -> Iterator[Request]:
     waiting: deque[tuple[Request, list[int]]] = deque()
     uses: Counter[int] = Counter()  # of shards, by the requests that wait
     num_bytes = 0
     more = True
-    while True:
-        missing = ask(list(dict.fromkeys(shard for _, shards in waiting for shard in shards)))
-        while more and len(waiting) <= AHEAD and (not waiting or (num_bytes < max_bytes and missing < _MOST_MISSING)):
+    missing: list[int] = []
+    for number in itertools.count():
+        if number % _AGAIN == 0:
+            missing = list(dict.fromkeys(shard for _, shards in waiting for shard in shards))
+        missing = ask(missing)
+        while more and len(waiting) <= AHEAD:
+            if waiting and (num_bytes >= max_bytes or len(missing) >= _MOST_MISSING):
+                break
             if (request := next(requests, None)) is None:
                 more = False
                 break
@@ -136,7 +143,7 @@ def _ahead(
             new = [shard for shard in shards if not uses[shard]]
             num_bytes += sum(index.shard_bytes[shard] for shard in new)
             uses.update(shards)
-            missing += ask(new)
+            missing = missing + ask(new)
             waiting.append((request, shards))
         if not waiting:
             return

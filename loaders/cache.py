@@ -18,9 +18,8 @@ A thread that waits, for room or for a shard, holds no lock on another: so someb
 import fcntl
 import hashlib
 import os
-import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,7 @@ from flow.index import INDEX_NAME
 from flow.shard import ShardError, write_bytes
 from flow.store import PIECE_BYTES, Store, StoreError
 from flow.untrusted import MAX_JSON_BYTES, MAX_LIST_BYTES
+from loaders.cache_files import CachedFile, claimed, digest_of, is_at, mark_used, progress_of, scan, write_at
 
 #: A server may be away for two minutes; train.timeout_s ends a wait earlier.
 _PAUSES_S = (0.2, 1.0, 3.0, 8.0, 15.0, 30.0, 60.0)
@@ -40,10 +40,6 @@ _ROOM_PATIENCE_S = 60.0
 _LOOK_S = 0.05
 #: A shard that is not what was published is not fetched again so soon, s: who goes past damage may ask at every step.
 _WRONG_S = 300.0
-_KEY = re.compile(r"[0-9a-f]{32}")
-#: Names of a set's files, and of their parts: in its folder, and in splits/.
-_GOES = re.compile(r"(?:shard-[0-9]{6,}\.tar|index\.bin)(?:\.([0-9]{1,18})\.part)?")
-_LIST = re.compile(r"[^/]+\.txt(?:\.([0-9]{1,18})\.part)?")
 
 
 @dataclass(frozen=True)
@@ -125,14 +121,14 @@ class ShardCache:
     def touch(self, name: str) -> bool:
         """Whether a file is there; then it is now the one most recently used."""
         try:
-            _touch(self.folder / name)
+            mark_used(self.folder / name)
         except FileNotFoundError:
             return False
         return True
 
-    def progress(self) -> frozenset[tuple[Path, int]]:
-        """What all in the cache have of their bytes: it changes while anybody fetches, in whatever process."""
-        return _progress(_scan(self._root))
+    def lists(self) -> list[str]:
+        """Names of the set's lists, such as "split1_train"."""
+        return sorted(Path(name).stem for name in self._files if name.startswith("splits/"))
 
     def num_cached(self, names: list[str]) -> int:
         """How many of these files are there."""
@@ -155,8 +151,8 @@ class ShardCache:
                 file = fetched
             try:
                 fcntl.flock(file, fcntl.LOCK_SH)
-                if _is_at(file, path):
-                    _touch(file)
+                if is_at(file, path):
+                    mark_used(file)
                     return file
             except BaseException:
                 os.close(file)
@@ -173,7 +169,7 @@ class ShardCache:
         """Whether a file, in which damage was found, is another one than was published; then it is taken away."""
         path = self.folder / name
         try:
-            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            file = os.open(path, os.O_RDWR | os.O_CLOEXEC)  # NFS has exclusive locks on such files only
         except FileNotFoundError:
             return True  # what was read is not there any more
         try:
@@ -182,12 +178,12 @@ class ShardCache:
             if copy in self._sound:
                 return False
             with suppress(OSError):  # a place that cannot be read is no better
-                if _digest(file, os.fstat(file).st_size).hexdigest() == self._files[name].sha256:
+                if digest_of(file, os.fstat(file).st_size).hexdigest() == self._files[name].sha256:
                     self._sound.add(copy)
                     return False
             if name != INDEX_NAME:  # which open sets keep for as long as they live
                 fcntl.flock(file, fcntl.LOCK_EX)
-            if _is_at(file, path):
+            if is_at(file, path):
                 path.unlink()
             return True
         finally:
@@ -211,13 +207,13 @@ class ShardCache:
                 return None
             try:
                 fcntl.flock(file, fcntl.LOCK_EX)  # whoever fetches it lets go when it is whole, or is at its end
-                if _is_at(file, self._part(name)) and self._fill(file, name, stopped):
+                if is_at(file, self._part(name)) and self._fill(file, name, stopped):
                     with self._locked():
-                        if _is_at(file, self._part(name)):
+                        if is_at(file, self._part(name)):
                             os.replace(self._part(name), self.folder / name)
-                            _touch(file)
+                            mark_used(file)
                             self._sound = {copy for copy in self._sound if copy[0] != name}
-                if _is_at(file, self.folder / name):
+                if is_at(file, self.folder / name):
                     return file
             except BaseException:
                 os.close(file)
@@ -242,13 +238,13 @@ class ShardCache:
             with self._locked():
                 if path.exists():
                     return None
-                found = list(_scan(self._root))
+                found = list(scan(self._root))
                 if part.exists() or self._make_room(num_bytes, found):
                     self._make_folder()
                     return os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             if not patience_s:
                 return None
-            if (now := _progress(found)) != before:  # what others fetch is theirs until it is whole
+            if (now := progress_of(found)) != before:  # what others fetch is theirs until it is whole
                 until, before = time.monotonic() + patience_s, now
             elif time.monotonic() > until:
                 raise StoreError(
@@ -258,7 +254,7 @@ class ShardCache:
                 )
             time.sleep(_LOOK_S)
 
-    def _make_room(self, num_bytes: int, found: list["_Cached"]) -> bool:
+    def _make_room(self, num_bytes: int, found: list[CachedFile]) -> bool:
         """Take the least recently used of the files away until so many bytes fit in; none if that is not enough.
         Whether they fit."""
         missing = sum(file.num_bytes for file in found) + num_bytes - self.max_bytes
@@ -269,7 +265,7 @@ class ShardCache:
             for old in sorted((file for file in found if file.may_go), key=lambda file: file.used_ns):
                 if missing <= 0:
                     break
-                if (file := _claimed(old.path)) is not None:
+                if (file := claimed(old.path)) is not None:
                     chosen.append((file, old.path))
                     missing -= old.num_bytes
             if missing <= 0:
@@ -286,13 +282,13 @@ class ShardCache:
         found = ""
         for _ in range(2):
             done = os.fstat(file).st_size
-            digest = _digest(file, done)
+            digest = digest_of(file, done)
             while done < published.num_bytes:
                 if stopped():
                     return False
                 piece = self._store.read(name, done, min(done + PIECE_BYTES, published.num_bytes))
                 digest.update(piece)
-                _write(file, piece, done)
+                write_at(file, piece, done)
                 done += len(piece)
             if (found := digest.hexdigest()) == published.sha256:
                 os.fsync(file)  # or a machine that loses power may find other bytes under the name
@@ -314,7 +310,7 @@ class ShardCache:
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
                 fcntl.flock(file, fcntl.LOCK_EX)
-                if _is_at(file, path):  # or the folder was taken away meanwhile
+                if is_at(file, path):  # or the folder was taken away meanwhile
                     yield
                     return
             finally:
@@ -334,67 +330,6 @@ class ShardCache:
                 "choose another folder as data.cache",
                 error.filename or str(self._root),
             ) from error
-
-
-@dataclass(frozen=True)
-class _Cached:
-    """A file of the cache: when it was used, the bytes that it has or will have, those it has, whether it may go."""
-
-    path: Path
-    used_ns: int
-    num_bytes: int
-    num_there: int
-    may_go: bool
-
-
-def _scan(root: Path) -> Iterator[_Cached]:
-    """All files of all sets, and no others: the folder may hold anything besides."""
-    for folder in _listed(root):
-        if _KEY.fullmatch(folder.name) and not folder.is_symlink() and Path(folder.path, "dataset.json").is_file():
-            for entry in _listed(folder.path):
-                if name := _GOES.fullmatch(entry.name):
-                    yield from _cached(entry, name[1], True)
-                elif entry.name == "dataset.json":
-                    yield from _cached(entry, None, False)
-            for entry in _listed(Path(folder.path, "splits")):
-                if name := _LIST.fullmatch(entry.name):
-                    yield from _cached(entry, name[1], name[1] is not None)
-
-
-def _listed(folder: str | Path) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as entries:
-            return list(entries)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-
-
-def _cached(entry: os.DirEntry[str], will_have: str | None, may_go: bool) -> Iterator[_Cached]:
-    with suppress(FileNotFoundError):
-        if entry.is_file(follow_symlinks=False):
-            found = os.stat(entry.path)  # an entry's own is of the moment when the folder was listed, or older
-            num_bytes = int(will_have) if will_have else found.st_size
-            yield _Cached(Path(entry.path), found.st_mtime_ns, num_bytes, found.st_size, may_go)
-
-
-def _progress(files: Iterable[_Cached]) -> frozenset[tuple[Path, int]]:
-    return frozenset((file.path, file.num_there) for file in files)
-
-
-def _claimed(path: Path) -> int | None:
-    """Descriptor of a file that nobody else has open now, to be taken away; None if somebody has, or it is gone."""
-    try:
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BaseException as error:
-        os.close(file)
-        if isinstance(error, BlockingIOError):
-            return None
-        raise
-    return file
 
 
 def _published(dataset: dict[str, Any], url: str) -> dict[str, Published]:
@@ -417,33 +352,3 @@ def _published(dataset: dict[str, Any], url: str) -> dict[str, Published]:
         if name.startswith("splits/") and file.num_bytes > MAX_LIST_BYTES:
             raise ValueError(f"{url}/{name} has {file.num_bytes:,} bytes, expected at most {MAX_LIST_BYTES:,}.")
     return files
-
-
-def _digest(file: int, num_bytes: int) -> Any:
-    """SHA-256, to be gone on with, of a file's first bytes."""
-    digest, at = hashlib.sha256(), 0
-    while at < num_bytes and (piece := os.pread(file, min(PIECE_BYTES, num_bytes - at), at)):
-        digest.update(piece)
-        at += len(piece)
-    return digest
-
-
-def _write(file: int, piece: bytes, at: int) -> None:
-    rest = memoryview(piece)
-    while rest:
-        written = os.pwrite(file, rest, at)
-        rest, at = rest[written:], at + written
-
-
-def _touch(file: int | Path) -> None:
-    """Now is when it was used; the system's own clock for this is too coarse to tell two uses apart."""
-    now = time.time_ns()
-    os.utime(file, ns=(now, now))
-
-
-def _is_at(file: int, path: Path) -> bool:
-    """Whether an open file is the one at a path."""
-    try:
-        return os.path.samestat(os.fstat(file), os.stat(path))
-    except FileNotFoundError:
-        return False

@@ -134,6 +134,8 @@ class Index:
 
     def splits(self) -> list[str]:
         """Names of the lists in splits/, such as "split1_train"."""
+        if self.cache:
+            return self.cache.lists()
         return sorted(path.stem for path in (self.root / "splits").glob("*.txt"))
 
     def split(self, name: str) -> Ints:
@@ -148,6 +150,8 @@ class Index:
             lists = ", ".join(self.splits()) or "none"
             raise ValueError(f"{self.location} has no list {name!r}; it has {lists}.{near}")
         path = self.root / "splits" / f"{name}.txt"
+        if self.cache:
+            os.close(self.cache.open_file(f"splits/{path.name}"))  # the folder may have been deleted
         lines = read_bounded(path, MAX_LIST_BYTES)
         return self._rows_of(lines if lines.endswith(b"\n") else lines + b"\n" * bool(lines), f"splits/{path.name}")
 

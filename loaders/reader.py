@@ -17,8 +17,6 @@ from loaders.source import Encoded, Source
 #: Batches that are read and checked ahead of the graph's own queue, and the threads that do it.
 _READ_AHEAD = 4
 _READERS = 2
-#: Looks, in the time that a wait may last, at whether anything is being fetched.
-_LOOKS = 10
 #: A read takes milliseconds: a thread that is not back by then hangs, and nobody waits for it any longer.
 _PATIENCE_S = 1.0
 
@@ -63,11 +61,12 @@ class Reader:
         if not self._ahead:
             raise StopIteration
         request, read = self._ahead[0]
-        if not self._comes(read):
-            place = "server, of which nothing came," if self.source.index.cache else "file system"
+        if not wait([read], self._timeout_s).done:
+            place = "server" if self.source.index.cache else "file system"
             raise TimeoutError(
                 f"Waited {self._timeout_s:g} s for {self.source.waits() or 'a thread that reads'}. Is its {place} "
-                "there? A run goes on from its last checkpoint; train.timeout_s sets a longer wait."
+                "there? A run goes on from its last checkpoint; train.timeout_s sets a longer wait, as a first pass "
+                "over a set in a store may need."
             )
         try:
             request, encoded = read.result()
@@ -80,18 +79,6 @@ class Reader:
             assert np.array_equal(taken.video, request.video) and np.array_equal(taken.tau, request.tau)
             request = taken  # of windows, with what has replaced earlier ones
         return request, encoded
-
-    def _comes(self, read: _Read) -> bool:
-        """Whether a read is done in time. Time does not count in which a cache gets bytes: a first pass fetches all of
-        a set, and what is needed may be far behind in a slow line."""
-        num_idle, before = 0, None
-        while not wait([read], self._timeout_s / _LOOKS).done:
-            now = self.source.progress()
-            num_idle = num_idle + 1 if before is None or now == before else 0
-            if num_idle >= _LOOKS:
-                return False
-            before = now
-        return True
 
     def put_back(self, requests: Sequence[Request]) -> None:
         """These requests, which have been taken, in this order, are next again."""

@@ -105,6 +105,11 @@ class ShardPool:
         return Pooled(table.video[numbers], label, upto / upto[-1], table.shards[held], counts)
 
 
+def least_pool(label: Ints, shard: Ints) -> int:
+    """The fewest shards that hold as many videos as there are classes, on average. label, shard (n,): of the videos."""
+    return -(-len(np.unique(label)) * len(np.unique(shard)) // len(shard))
+
+
 def pooled(videos: Population, index: Index, num_shards: int, num_steps: int) -> Population:
     """The same videos, to be drawn from a pool of num_shards shards of which one is exchanged every num_steps steps.
 
@@ -115,15 +120,15 @@ def pooled(videos: Population, index: Index, num_shards: int, num_steps: int) ->
         raise ValueError(f"A pool of {num_shards} shards, one exchanged every {num_steps} steps: at least 0, and 1.")
     if not num_shards:
         return videos
-    shard = index.shard[videos.rows]
-    num_classes, num_held = len(videos.start) - 1, np.count_nonzero(np.bincount(shard))
+    shard, num_classes = index.shard[videos.rows], len(videos.start) - 1
+    label = np.repeat(np.arange(num_classes), np.diff(videos.start))
+    num_held = len(np.unique(shard))
     if num_shards >= num_held:
         return videos
-    if num_shards * len(shard) < num_classes * num_held:
+    if num_shards < (least := least_pool(label, shard)):
         raise ValueError(
             f"data.pool_shards={num_shards} of {num_held} shards hold about {num_shards * len(shard) // num_held} "
             f"videos, expected at least one for each of the {num_classes} classes. "
-            f"Take {-(-num_classes * num_held // len(shard))} shards or more, or 0 for all."
+            f"Take {least} shards or more, or 0 for all."
         )
-    label = np.repeat(np.arange(num_classes), np.diff(videos.start))
     return replace(videos, pool=ShardPool(Table.of(shard, label), num_shards, num_steps))

@@ -165,13 +165,9 @@ class Source:
                 found = True
         return found
 
-    def ask(self, shards: list[int], *, now: bool = False) -> int:
-        """Tell that shards are needed, later or now. Returns how many are not there; of a set in a folder all are."""
-        return self._fetcher.ask(shards, now=now) if self._fetcher else 0
-
-    def progress(self) -> frozenset[Any]:
-        """What the cache has: it changes while anything is fetched. Of a set in a folder it never does."""
-        return self.index.cache.progress() if self.index.cache else frozenset()
+    def ask(self, shards: list[int], *, now: bool = False) -> list[int]:
+        """Tell that shards are needed, later or now. Returns those that are not there; of a set in a folder all are."""
+        return self._fetcher.ask(shards, now=now) if self._fetcher else []
 
     def _read_runs(self, video: Ints, tau: Ints, steps: int) -> Encoded:
         entries = self.stored_entries(video, tau, steps)

@@ -19,7 +19,7 @@ from servers import Fault, faulty_proxy, s3_server, web_server
 from flow import demo, pack
 from flow.shard import ShardError
 from flow.store import StoreError
-from loaders import cache, dali_loader, reference
+from loaders import cache, cache_files, dali_loader, reference
 from loaders.ahead import AHEAD
 from loaders.batch import StreamSpec
 from loaders.index import open_index
@@ -82,7 +82,7 @@ def half_of(root):
 
 
 def bytes_in(folder):
-    return sum(file.num_bytes for file in cache._scan(folder))
+    return sum(file.num_bytes for file in cache_files.scan(folder))
 
 
 @pytest.mark.parametrize("module", [dali_loader, reference], ids=["dali", "reference"])
