@@ -162,9 +162,9 @@ def test_added_classes_follow_the_sets_own(packed, other, tmp_path):
 def test_test_videos_are_not_trained_on(packed):
     config = tiny_config(packed, data__train_list="all")
     with pytest.raises(ValueError, match="6 videos of split1_test, as .*, are trained on too, in .*: that is no test"):
-        check_stream(config, "temporal", open_index(packed), 1)
+        check_stream(config, "temporal", open_index(packed), [1])
     untested = tiny_config(packed, data__train_list="all", eval__num_taus=0, eval__num_taus_train=0)
-    check_stream(untested, "temporal", open_index(packed), 1)
+    check_stream(untested, "temporal", open_index(packed), [1])
 
 
 @pytest.mark.parametrize("extra_as", ["tasks", "classes"])
@@ -176,9 +176,9 @@ def test_test_videos_do_not_come_back_in_another_set(other, tmp_path, extra_as):
     for extra in (other, again):
         config = with_other(other, extra, "all", temporal__extra_as=extra_as)
         with pytest.raises(ValueError, match="2 videos of split1_test, as climb/2, are trained on too, in"):
-            check_stream(config, "temporal", open_index(other), 1)
+            check_stream(config, "temporal", open_index(other), [1])
     check_stream(
-        with_other(other, other, "split1_train", temporal__extra_as=extra_as), "temporal", open_index(other), 1
+        with_other(other, other, "split1_train", temporal__extra_as=extra_as), "temporal", open_index(other), [1]
     )
 
 
@@ -211,7 +211,7 @@ def test_a_net_begins_with_anothers_trunk_and_its_own_last_layer(packed, other, 
     assert not torch.equal(fresh["features.conv1.weight"], trained["features.conv1.weight"])
     wider = tiny_config(packed, data__L=5, temporal__init=str(path))
     with pytest.raises(ValueError, match=r"features.conv1.weight has shape \(3, 6, 7, 7\) there and \(3, 10, 7, 7\)"):
-        check_stream(wider, "temporal", open_index(packed), 1)
+        check_stream(wider, "temporal", open_index(packed), [1])
 
 
 def test_a_net_that_has_seen_the_test_or_is_unfinished_is_no_beginning(other, tmp_path):
@@ -220,18 +220,18 @@ def test_a_net_that_has_seen_the_test_or_is_unfinished_is_no_beginning(other, tm
     train_stream(seen, "temporal", open_index(other), tmp_path / "seen", ALONE)
     config = tiny_config(other, temporal__init=tmp_path / "seen" / "checkpoint.pt")
     with pytest.raises(ValueError, match="2 videos of split1_test, as climb/2, are trained on too"):
-        check_stream(config, "temporal", open_index(other), 1)
-    check_stream(config, "temporal", open_index(other), 1, folder=tmp_path / "seen")  # goes on from its own weights
+        check_stream(config, "temporal", open_index(other), [1])
+    check_stream(config, "temporal", open_index(other), [1], folder=tmp_path / "seen")  # goes on from its own weights
 
     path = tmp_path / "seen" / "checkpoint.pt"
     checkpoint = load_checkpoint(path)
     checkpoint.config["temporal.steps"] = 7
     save_checkpoint(checkpoint, path)
     with pytest.raises(ValueError, match="init=.* was stopped at step 2 of 7; finish that run first"):
-        check_stream(config, "temporal", open_index(other), 1)
+        check_stream(config, "temporal", open_index(other), [1])
     path.unlink()
     with pytest.raises(FileNotFoundError, match="init=.*: no such checkpoint. Run the config that makes it"):
-        check_stream(config, "temporal", open_index(other), 1)
+        check_stream(config, "temporal", open_index(other), [1])
 
 
 def test_another_choice_of_added_classes_is_another_run(packed, other, tmp_path):

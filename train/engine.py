@@ -83,15 +83,22 @@ def loader_options(config: Config, world: World) -> dict[str, Any]:
 
 
 def check_stream(
-    config: Config, stream: str, index: Index, world_size: int, folder: Path | None = None, *, num_machines: int = 1
+    config: Config,
+    stream: str,
+    index: Index,
+    world_sizes: Sequence[int],
+    folder: Path | None = None,
+    *,
+    num_procs: int = 1,
 ) -> None:
-    """Raise ValueError if the packed set cannot give the stream what the config asks for, or not to so many ranks on
-    so many machines.
+    """Raise ValueError if the packed set cannot give the stream what the config asks for, or not to any number of ranks
+    that there may be, num_procs on each machine.
 
     folder: the stream's, whose checkpoint, if it has one, training goes on from.
     """
     spec = stream_spec(config, stream)
-    check_batch_size(config.train.batch_size, world_size, spec)
+    for world_size in world_sizes:
+        check_batch_size(config.train.batch_size, world_size, spec)
     output_px(spec.crop_px)
     tasks = open_tasks(config, stream, index)
     for data in tasks.sets:
@@ -103,7 +110,7 @@ def check_stream(
         for data, videos in zip(tasks.sets, populations(tasks, spec), strict=True):
             pooled(videos, data.index, config.data.pool_shards, config.data.pool_steps)
     lists = [(data.index, data.rows) for data in tasks.sets]
-    check_cache(lists, config.data.pool_shards, num_machines, config.data.pool_steps)
+    check_cache(lists, config.data.pool_shards, min(world_sizes) // num_procs, config.data.pool_steps)
     init = config.stream(stream).init
     if init and not (folder and checkpoint_files(folder / CHECKPOINT)):
         if not Path(init).is_file():

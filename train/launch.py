@@ -124,9 +124,7 @@ def _prepare(options: argparse.Namespace) -> tuple[Config, Machines, Path]:
     index = open_set(config)
     run = options.run or Path("runs") / f"{Path(options.config).stem}-{short_hash(config, CHANGEABLE)}"
     for stream in config.train.streams:
-        for world_size in machines.world_sizes:
-            num_machines = world_size // machines.num_procs
-            check_stream(config, stream, index, world_size, run / stream, num_machines=num_machines)
+        check_stream(config, stream, index, machines.world_sizes, run / stream, num_procs=machines.num_procs)
     open_run(run, config, options.resume)
     with writing(run / ORIGIN):
         write_origin(run, index)

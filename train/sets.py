@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from loaders.ahead import AHEAD
 from loaders.index import Index, open_index
+from loaders.shard_pool import least_pool
 from train.settings import Config
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ def check_cache(
     Args:
         parts: a stream's sets, each with the rows of its list. Sets in folders need no cache.
         num_shards: how many shards of each are drawn from at a time; 0: all.
-        num_machines: each holds an arc of such a pool; but all of it without one.
+        num_machines: each holds an arc of such a pool, if there is one set; of several it may draw from one alone.
         num_steps: after so many steps a shard of the pool is exchanged.
     """
     cached = [(index.cache, index, rows) for index, rows in parts if index.cache]
@@ -45,6 +46,7 @@ def check_cache(
     sizes = [
         np.sort(np.array(index.shard_bytes, np.int64)[np.unique(index.shard[rows])])[::-1] for _, index, rows in cached
     ]
+    num_machines = num_machines if len(parts) == 1 else 1
     own, max_bytes = sum(cache.own_bytes for cache, _, _ in cached), cached[0][0].max_bytes
 
     def needed(pool: int) -> int:
@@ -57,7 +59,8 @@ def check_cache(
     fitting = bisect_right(range(1, max(map(len, sizes)) + 1), max_bytes, key=needed)
     urls = ", ".join(cache.url for cache, _, _ in cached)
     drawn_from = f", {num_shards} at a time with those that come next" if num_shards else ""
-    pool = f", or set data.pool_shards to {fitting} or less" if fitting else ""
+    least = max(least_pool(index.labels[rows], index.shard[rows]) for _, index, rows in cached)
+    pool = f", or set data.pool_shards to {fitting} or less" if fitting >= least else ""
     raise ValueError(
         f"{urls}: training draws from {needed(num_shards) / 1e9:.4g} GB of shards{drawn_from}, and the cache holds "
         f"data.cache_gb={max_bytes / 1e9:.4g}. Raise data.cache_gb{pool}."
