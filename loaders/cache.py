@@ -70,6 +70,7 @@ class ShardCache:
         self.url = store.url
         self.folder = root / hashlib.sha256(content).hexdigest()[:32]
         self._files = _published(dataset, store.url)
+        self._paths = {name: str(self.folder / name) for name in self._files}  # joined once: each read needs one
         self.shard_names = [shard["name"] for shard in dataset["shards"]]
         self._sound: set[tuple[str, int]] = set()
         self._wrong: dict[str, tuple[float, str]] = {}  # until when, and what is wrong
@@ -121,7 +122,7 @@ class ShardCache:
     def touch(self, name: str) -> bool:
         """Whether a file is there; then it is now the one most recently used."""
         try:
-            mark_used(self.folder / name)
+            mark_used(self._paths[name])
         except FileNotFoundError:
             return False
         return True
@@ -140,10 +141,9 @@ class ShardCache:
         The thread holds no other one. Raises ShardError for what is not as published, FileNotFoundError if the store
         lacks it, StoreError, OSError if the disk is full or cannot be written.
         """
-        path = self.folder / name
         while True:
             try:
-                file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                file = os.open(self._paths[name], os.O_RDONLY | os.O_CLOEXEC)
             except FileNotFoundError:
                 fetched = self._fetched(name, _ROOM_PATIENCE_S, lambda: False)
                 if fetched is None:
@@ -151,7 +151,7 @@ class ShardCache:
                 file = fetched
             try:
                 fcntl.flock(file, fcntl.LOCK_SH)
-                if is_at(file, path):
+                if os.fstat(file).st_nlink:
                     mark_used(file)
                     return file
             except BaseException:

@@ -96,7 +96,7 @@ def write_at(file: int, piece: bytes, at: int) -> None:
         rest, at = rest[written:], at + written
 
 
-def mark_used(file: int | Path) -> None:
+def mark_used(file: int | str) -> None:
     """Now is when it was used; the system's own clock for this is too coarse to tell two uses apart."""
     now = time.time_ns()
     os.utime(file, ns=(now, now))

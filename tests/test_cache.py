@@ -187,6 +187,24 @@ def test_the_least_recently_used_go_never_an_open_one_never_more_than_the_bound(
         os.close(file)
 
 
+def test_a_file_that_goes_between_its_opening_and_its_lock_is_fetched_again(tmp_path, folder, monkeypatch):
+    """Else it would be read, and take room, while nobody counts it."""
+    root = made_up_set(tmp_path / "set", [b"a" * 1000])
+    cache = ShardCache.open("test:/", tmp_path / "cache", GB, store_of(root, folder))
+    os.close(cache.open_file("shard-000000.tar"))
+    flock = fcntl.flock
+
+    def late(file, operation):
+        monkeypatch.undo()
+        (cache.folder / "shard-000000.tar").unlink()
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    file = cache.open_file("shard-000000.tar")
+    assert cache_files.is_at(file, cache.folder / "shard-000000.tar")
+    os.close(file)
+
+
 def test_files_that_are_not_the_caches_are_never_counted_nor_taken_away(tmp_path, folder):
     root = made_up_set(tmp_path / "set", [b"a" * 1000, b"b" * 1000])
     base, key = tmp_path / "cache", "0123456789abcdef" * 2
