@@ -109,6 +109,6 @@ def test_every_field_of_the_kubernetes_manifest_that_is_a_choice_is_explained():
     fields = (
         "clusterIP selector publishNotReadyAddresses completionMode completions backoffLimit subdomain restartPolicy"
     )
-    for field in [*fields.split(), "image", "command", "nvidia.com/gpu", "cpu", "memory"]:
+    for field in [*fields.split(), "activeDeadlineSeconds", "image", "command", "nvidia.com/gpu", "cpu", "memory"]:
         (at,) = [number for number, line in enumerate(lines) if line.strip().startswith(f"{field}:")]
         assert lines[at - 1].strip().startswith("# "), f"{field} is not explained"

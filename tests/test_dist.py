@@ -7,6 +7,9 @@ import multiprocessing
 import os
 import re
 import signal
+import socket
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -16,7 +19,7 @@ from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 
 from loaders.index import open_index
 from tests.tiny import tiny_config, tiny_overrides
-from train import dist, machines, watchdog
+from train import dist, machines, meeting, watchdog
 from train import launch as train_launch
 from train.dist import ProcessFailedError, World, launch
 from train.engine import loader_module, loader_options
@@ -249,6 +252,67 @@ def test_a_late_failure_to_meet_is_named(monkeypatch):
         ProcessFailedError, match=r"no longer, at 127.0.0.2:1 \(RendezvousConnectionError\).*on each goes on"
     ):
         launch(Machines(num_procs=1, min_nodes=2, max_nodes=2, rdzv="127.0.0.2:1"), hang)
+
+
+def test_a_port_that_cannot_be_opened_is_named(monkeypatch):
+    def refused(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(socket, "create_server", refused)
+    with pytest.raises(ValueError, match="at port 80 and cannot: Permission denied"):
+        launch(Machines(num_procs=1, min_nodes=2, max_nodes=2, rdzv="localhost:80"), hang)
+
+
+@pytest.mark.parametrize("node_rank", [None, 0, 1])
+def test_a_port_that_something_else_holds_is_named(monkeypatch, caplog, node_rank):
+    """It takes connections, and says nothing."""
+    monkeypatch.setattr(meeting, "ANSWER_S", 1.0)
+    monkeypatch.setattr(dist, "ANSWER_S", 1.0)
+    monkeypatch.setattr(dist, "elastic_launch", None)  # nothing starts
+    with socket.create_server(("", 0)) as other:
+        rdzv = f"localhost:{other.getsockname()[1]}"
+        message = "port .* is taken" if node_rank == 0 else "takes connections and does not answer within 1 s"
+        with pytest.raises(ValueError, match=f"--rdzv {rdzv}: .*{message}"):
+            launch(Machines(num_procs=1, min_nodes=2, max_nodes=2, node_rank=node_rank, rdzv=rdzv), hang)
+    assert ("expecting another launcher" in caplog.text) == (node_rank is None)
+
+
+#: A launcher whose host is another machine, at a port of which nothing listens.
+ELSEWHERE = """
+import sys
+from train import dist, meeting
+from train.machines import Machines
+dist.own_address = lambda rdzv: ("127.0.0.1", False)
+meeting.PATIENCE_S = float(sys.argv[2])
+try:
+    dist.launch(Machines(min_nodes=2, max_nodes=2, rdzv=sys.argv[1]), print)
+except dist.ProcessFailedError as error:
+    sys.exit(f"error: {error}")
+"""
+
+
+@pytest.fixture
+def free_address():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    return f"127.0.0.1:{port}"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_launcher_that_waits_for_its_host_can_be_stopped(free_address, number):
+    words = [sys.executable, "-c", ELSEWHERE, free_address, "600"]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
+        assert "waiting up to 600 s for the machine of --rdzv" in process.stderr.readline()
+        process.send_signal(number)
+        said = process.communicate(timeout=120)[1]
+    assert process.returncode == 128 + number and f"stopped by {number.name}" in said
+
+
+def test_a_host_that_never_comes_is_named_and_who_can_be_one(free_address):
+    words = [sys.executable, "-c", ELSEWHERE, free_address, "1"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert re.search(f"do not find each other, .* {free_address} .*nothing listens there.* `ip address`", done.stderr)
 
 
 def test_progress_and_rest_keep_a_watchdog_quiet(monkeypatch):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import multiprocessing
 import os
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from train.interrupt import children_unaware, ending_at_once, obey, say_stopped
 from train.machines import Machines, own_address, split_address
+from train.meeting import ANSWER_S, await_answer, await_listener, listen
 from train.watchdog import Watchdog, margin_s
 
 logger = logging.getLogger(__name__)
@@ -140,9 +139,10 @@ def launch(machines: Machines, work: Callable[..., None], *args: Any, timeout_s:
             f"process {number} of {' or '.join(map(str, machines.world_sizes))} FAILED with exit code "
             f"{failure.exitcode}; what it logged above says why. The same command goes on from the last checkpoint."
         ) from error
-    except (RendezvousError, dist.DistError) as error:
+    except (RendezvousError, dist.DistError, TimeoutError) as error:
+        why = str(error) if isinstance(error, TimeoutError) else type(error).__name__
         raise ProcessFailedError(
-            f"the machines do not find each other, or no longer, at {options.rdzv_endpoint} ({type(error).__name__}). "
+            f"the machines do not find each other, or no longer, at {options.rdzv_endpoint} ({why}). "
             "Is that machine up, and does each run the command? When all are up again, the same command on each goes "
             "on from the last checkpoint."
         ) from error
@@ -176,28 +176,32 @@ def _meeting_point(machines: Machines) -> Iterator[None]:
     """The store in which the machines find each other, if it is this machine's and no other process of it has it.
 
     The launcher would guess by the machine's name whether it is its own, and be wrong about a second interface.
+    Raises ValueError if the port is something else's, TimeoutError if nothing listens at it.
     """
     store = None
-    if machines.max_nodes > 1 and machines.node_rank is None and own_address(machines.rdzv)[1]:
-        host, port = split_address(machines.rdzv)
-        try:
-            with _listening(port) as listener:
-                store = dist.TCPStore(
-                    host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
-                )
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise ValueError(f"--rdzv {machines.rdzv}: {error.strerror or error}. Choose another port.") from error
-            logger.warning("port %d is taken here, by another launcher of this run as it should be", port)
+    if machines.max_nodes > 1:
+        rdzv, static = machines.rdzv, machines.node_rank is not None
+        host, port = split_address(rdzv)
+        if machines.node_rank == 0 if static else own_address(rdzv)[1]:
+            listener = listen(rdzv)
+            if listener and static:
+                listener.close()  # the launcher of rank 0 opens it itself
+            elif listener:
+                fd = listener.detach()
+                store = dist.TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=fd)
+            elif static:
+                raise ValueError(f"--rdzv {rdzv}: port {port} is taken on this machine. Choose one that is free.")
+            if listener:
+                logger.warning("the machines meet here, at %s", rdzv)
+            else:
+                logger.warning("port %d is taken: expecting another launcher of this run there", port)
+        if not store and machines.node_rank != 0:
+            with ending_at_once():  # no child is there yet
+                await_listener(rdzv)
+                timeout = timedelta(seconds=ANSWER_S)
+                await_answer(rdzv, lambda: dist.TCPStore(host, port, wait_for_workers=False, timeout=timeout))
     yield
     del store  # it ends with its last reference
-
-
-def _listening(port: int) -> socket.socket:
-    """A socket for every interface. Raises OSError if the port is taken."""
-    if socket.has_dualstack_ipv6():
-        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
-    return socket.create_server(("", port))
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
@@ -265,6 +269,8 @@ def _joined(world: World, timeout_s: float | None) -> Iterator[None]:
             "nccl" if world.device.type == "cuda" else "gloo",
             timeout=timedelta(seconds=2 * timeout_s + 60) if timeout_s else None,
         )
+        if world.device.type == "cuda":  # NCCL connects at the first collective, gloo has connected
+            dist.barrier(device_ids=[world.device.index])
     except RuntimeError as error:
         if int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
             error.add_note(
