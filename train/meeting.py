@@ -14,8 +14,8 @@ from train.machines import split_address
 
 logger = logging.getLogger(__name__)
 
-#: How long a launcher waits for the machine of --rdzv.
-PATIENCE_S = 60.0
+#: How long a launcher waits for the machine of --rdzv, as long as torch waits for the others to join.
+PATIENCE_S = 600.0
 #: Time in which a launcher that listens answers.
 ANSWER_S = 20.0
 #: Time of one try.
