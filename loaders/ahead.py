@@ -32,7 +32,7 @@ _THREADS = 4
 _MOST_MISSING = 8
 #: A thread that waits for a server ends with the process: it is not waited for any longer.
 _PATIENCE_S = 1.0
-#: Requests after which those shards are asked for again.
+#: Requests after which those shards are asked for again; in a cache that does not hold the set also when one is left.
 _AGAIN = 8
 
 _NOW, _LATER = 1, 2
@@ -48,16 +48,24 @@ class Fetcher:
         self._tasks: PriorityQueue[_Task] = PriorityQueue()
         self._count = itertools.count()
         self._asked: dict[int, int] = {}  # shard -> how urgently
+        self._there: set[int] = set()  # when they were last looked for
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
         self._stopped = threading.Event()
 
     def ask(self, shards: list[int], *, now: bool) -> list[int]:
         """Have shards fetched that are not there, in this order; those that are count as used, the first one last.
-        Returns those that are not there."""
+        Returns those that are not there.
+
+        now: those that were there when they were last asked for are not looked for again: most are, and whoever reads
+        one that was taken away since waits for it.
+        """
         urgency = _NOW if now else _LATER
-        there = {shard for shard in reversed(shards) if self._cache.touch(self._names[shard])}
-        missing = [shard for shard in shards if shard not in there]
+        unsure = [shard for shard in shards if shard not in self._there] if now else shards
+        there = {shard for shard in reversed(unsure) if self._cache.touch(self._names[shard])}
+        missing = [shard for shard in unsure if shard not in there]
+        self._there.update(there)
+        self._there.difference_update(missing)
         for shard in missing:
             if self._asked.get(shard, 9) > urgency:
                 self._asked[shard] = urgency
@@ -127,10 +135,13 @@ def _ahead(
     waiting: deque[tuple[Request, list[int]]] = deque()
     uses: Counter[int] = Counter()  # of shards, by the requests that wait
     num_bytes = 0
+    # Then each shard that is fetched takes another one's place, and one that was just left has to be older than all
+    # that wait. A cache that holds the set takes nothing away, and that would be work for each batch.
+    tight, left = sum(index.shard_bytes) > max_bytes, False
     more = True
     missing: list[int] = []
     for number in itertools.count():
-        if number % _AGAIN == 0:
+        if (tight and left) or number % _AGAIN == 0:
             missing = list(dict.fromkeys(shard for _, shards in waiting for shard in shards))
         missing = ask(missing)
         while more and len(waiting) <= AHEAD:
@@ -149,5 +160,7 @@ def _ahead(
             return
         request, shards = waiting.popleft()
         uses.subtract(shards)
-        num_bytes -= sum(index.shard_bytes[shard] for shard in shards if not uses[shard])
+        gone = [shard for shard in shards if not uses[shard]]
+        left = bool(gone)
+        num_bytes -= sum(index.shard_bytes[shard] for shard in gone)
         yield request

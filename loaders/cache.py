@@ -38,6 +38,9 @@ _PAUSES_S = (0.2, 1.0, 3.0, 8.0, 15.0, 30.0, 60.0)
 #: shard is read in milliseconds, but its fetch may take minutes.
 _ROOM_PATIENCE_S = 60.0
 _LOOK_S = 0.05
+#: A file that was marked as used so shortly before is not marked again when it is opened, as most shards are for every
+#: batch. What is asked for ahead of need is marked each time.
+_FRESH_NS = 10**9
 #: A shard that is not what was published is not fetched again so soon, s: who goes past damage may ask at every step.
 _WRONG_S = 300.0
 
@@ -151,8 +154,10 @@ class ShardCache:
                 file = fetched
             try:
                 fcntl.flock(file, fcntl.LOCK_SH)
-                if os.fstat(file).st_nlink:
-                    mark_used(file)
+                found = os.fstat(file)
+                if found.st_nlink:
+                    if time.time_ns() - found.st_mtime_ns > _FRESH_NS:
+                        mark_used(file)
                     return file
             except BaseException:
                 os.close(file)

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -306,6 +307,31 @@ def test_a_launcher_that_waits_for_its_host_can_be_stopped(free_address, number)
         process.send_signal(number)
         said = process.communicate(timeout=120)[1]
     assert process.returncode == 128 + number and f"stopped by {number.name}" in said
+
+
+#: Fixed ranks: rank, address.
+FIXED = """
+import sys
+from train import dist
+from train.machines import Machines
+dist.launch(Machines(min_nodes=3, max_nodes=3, node_rank=int(sys.argv[1]), rdzv=sys.argv[2]), print)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_launchers_of_fixed_ranks_that_wait_for_another_can_be_stopped(free_address, number):
+    with ExitStack() as stack:
+        processes = []
+        for rank in (0, 1):
+            words = [sys.executable, "-c", FIXED, str(rank), free_address]
+            processes.append(stack.enter_context(subprocess.Popen(words, stderr=subprocess.PIPE, text=True)))
+            while "for all 3 machines" not in (line := processes[-1].stderr.readline()):
+                assert line, "it ended"
+        for process in reversed(processes):
+            assert process.poll() is None
+            process.send_signal(number)
+            said = process.communicate(timeout=120)[1]
+            assert process.returncode == 128 + number and f"stopped by {number.name}" in said
 
 
 def test_a_host_that_never_comes_is_named_and_who_can_be_one(free_address):

@@ -26,10 +26,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from train.interrupt import children_unaware, ending_at_once, obey, say_stopped
 from train.machines import Machines, own_address, split_address
-from train.meeting import ANSWER_S, await_answer, await_listener, listen
+from train.meeting import ANSWER_S, PATIENCE_S, await_answer, await_listener, listen
 from train.watchdog import Watchdog, margin_s
 
 logger = logging.getLogger(__name__)
+
+#: Key that the host of fixed ranks sets when all are there.
+_ALL_MET = "two-stream/all-met"
 
 
 #: Time from a process's failure, which the others may share, to its end.
@@ -185,7 +188,7 @@ def _meeting_point(machines: Machines) -> Iterator[None]:
         if machines.node_rank == 0 if static else own_address(rdzv)[1]:
             listener = listen(rdzv)
             if listener and static:
-                listener.close()  # the launcher of rank 0 opens it itself
+                listener.close()  # opened anew below
             elif listener:
                 fd = listener.detach()
                 store = dist.TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=fd)
@@ -200,8 +203,26 @@ def _meeting_point(machines: Machines) -> Iterator[None]:
                 await_listener(rdzv)
                 timeout = timedelta(seconds=ANSWER_S)
                 await_answer(rdzv, lambda: dist.TCPStore(host, port, wait_for_workers=False, timeout=timeout))
+        if static:
+            with ending_at_once():
+                store = _met(host, port, machines)
     yield
     del store  # it ends with its last reference
+
+
+def _met(host: str, port: int, machines: Machines) -> dist.TCPStore:
+    """The store of fixed ranks, once all are there: torch's launcher, which shares it, would hear no signal until then.
+
+    Raises DistError if they do not come within PATIENCE_S.
+    """
+    logger.warning("waiting up to %.0f s for all %d machines", PATIENCE_S, machines.max_nodes)
+    hosts, timeout = machines.node_rank == 0, timedelta(seconds=PATIENCE_S)
+    store = dist.TCPStore(host, port, machines.max_nodes, hosts, timeout, multi_tenant=True)  # the host waits in it
+    if hosts:
+        store.set(_ALL_MET, "")
+    else:
+        store.wait([_ALL_MET], timeout)
+    return store
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:

@@ -60,7 +60,7 @@ def check_cache(
     urls = ", ".join(cache.url for cache, _, _ in cached)
     drawn_from = f", {num_shards} at a time with those that come next" if num_shards else ""
     least = max(least_pool(index.labels[rows], index.shard[rows]) for _, index, rows in cached)
-    pool = f", or set data.pool_shards to {fitting} or less" if fitting >= least else ""
+    pool = f", or set data.pool_shards to {least} to {fitting}" if fitting >= least else ""
     raise ValueError(
         f"{urls}: training draws from {needed(num_shards) / 1e9:.4g} GB of shards{drawn_from}, and the cache holds "
         f"data.cache_gb={max_bytes / 1e9:.4g}. Raise data.cache_gb{pool}."
