@@ -18,6 +18,8 @@ import numpy as np
 import simpy
 from scale_events import Link
 
+#: Shards that are joined and not sent: the driver joins no more while there are as many (`flow/publish.py`).
+MAX_UNSENT = 3
 #: Share of the videos at whose end the steady stretch begins, and ends.
 STEADY = (0.2, 0.8)
 
@@ -99,6 +101,7 @@ class Extraction:
         self._worked: list[tuple[float, float]] = []
         self._uploads: list[simpy.Process] = []
         self._uploader = simpy.Resource(env)
+        self._unsent = simpy.Resource(env, MAX_UNSENT)
 
     def run(self) -> dict[str, float]:
         """Seconds in all, and to the last shard that was joined; frames/s, and those of the steady stretch; how busy
@@ -158,7 +161,9 @@ class Extraction:
                 if self._cluster.through == "shared":  # read from there, and written there
                     seconds += 2 * shard_bytes[shard] / self._cluster.card_bytes_per_s
                 yield from self._be_busy(seconds)
-                self._uploads.append(env.process(self._upload(shard_bytes[shard])))
+                turn = self._unsent.request()
+                yield turn  # a shard that is joined waits here while others are not sent
+                self._uploads.append(env.process(self._upload(shard_bytes[shard], turn)))
             self._ends.append(env.now)
             self._hand_out()
 
@@ -171,12 +176,13 @@ class Extraction:
             self._ready.put(self._handed_out)
             self._handed_out += 1
 
-    def _upload(self, num_bytes: float) -> Events:
+    def _upload(self, num_bytes: float, unsent: simpy.resources.resource.Request) -> Events:
         with self._uploader.request() as turn:
             yield turn
             yield self._env.timeout(self._cluster.latency_s)
             if self._cluster.through == "driver":
                 yield self._outward.send(num_bytes)
+        self._unsent.release(unsent)
 
     def _slot(self, node: Node) -> Events:
         """A core of a node, to the end of the simulation."""

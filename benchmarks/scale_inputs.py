@@ -186,8 +186,7 @@ def read_measured(results: Path) -> Measured:
         startup_s=next(row["s"]["median"] for row in costs["startup"] if row["processes"] == cores),
         # By the clock: the fastest round, since whatever else ran made the others slower.
         join_bytes_per_s=1e6 * costs["join"]["mb_per_s"]["max"],
-        # What sending adds to a fragment that a node writes itself: the driver takes it, and writes it.
-        receive_bytes_per_s=1e6 / (1 / ray["sent_mb_per_s"]["median"] - 1 / ray["seen_mb_per_s"]["median"]),
+        receive_bytes_per_s=1e6 * ray["taken_mb_per_s"]["max"],
         hash_bytes_per_s=1e6 * costs["join"]["sha256_mb_per_s"]["max"],
         index_frames_per_s=costs["index"]["frames_per_s"]["max"],
         index_frame_bytes=costs["index"]["bytes_per_frame"],

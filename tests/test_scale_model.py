@@ -19,7 +19,7 @@ import scale_model  # noqa: E402
 from common import RESULTS  # noqa: E402
 from draw_statistics import MadeSet, make_table  # noqa: E402
 from scale_events import Link  # noqa: E402
-from scale_extraction import Cluster, Extraction, Work, hours_for  # noqa: E402
+from scale_extraction import MAX_UNSENT, Cluster, Extraction, Work, hours_for  # noqa: E402
 from scale_inputs import ASSUMPTIONS, datasets, read_measured  # noqa: E402
 from scale_limits import add_speedup, sensitivity, training_rate  # noqa: E402
 from scale_training import Shards, Simulation, Training  # noqa: E402
@@ -106,11 +106,13 @@ def test_what_all_share_bounds_the_rate(limit):
     limits = {
         "join": {"join_bytes_per_s": bound},
         "receive": {"receive_bytes_per_s": bound},
-        "card": {"card_bytes_per_s": bound},
+        "card": {"card_bytes_per_s": bound, "latency_s": 0.0},
         "shared": {"through": "shared", "shared_bytes_per_s": bound},
     }
     found = Extraction(work, replace(ALONE, nodes=64, cores=16, **limits[limit])).run()
-    assert found["joined_s"] == pytest.approx(work.frames.sum() / 512, rel=0.02)
+    # A card that is full both ways: shards come in bursts, and while they are sent nothing more is handed out.
+    tolerance = 0.06 if limit == "card" else 0.02
+    assert found["joined_s"] == pytest.approx(work.frames.sum() / 512, rel=tolerance)
     assert found["steady_frames_per_s"] == pytest.approx(512, rel=0.05)  # of bursts
     assert found["slots_busy"] < 0.02
 
@@ -128,10 +130,12 @@ def test_the_driver_is_busy_as_its_throughput_says():
 
 
 def test_shards_are_uploaded_one_after_the_other():
-    """So the store has them all no sooner than one connection's rate allows."""
+    """So the store has them all no sooner than one shard's rate allows; and packing waits for all but the last few."""
     cluster = replace(ALONE, connection_bytes_per_s=1e5, connections=2)
     found = Extraction(WORK, cluster).run()
-    assert found["seconds"] >= WORK.frames.sum() * 30e3 / 2e5
+    each_s = WORK.videos_per_shard * 100 * 30e3 / 2e5
+    assert found["seconds"] >= 12 * each_s
+    assert (12 - MAX_UNSENT - 1) * each_s <= found["joined_s"] <= found["seconds"] - (MAX_UNSENT - 1) * each_s
 
 
 def test_failures_cost_repeated_work_and_nothing_is_lost():
