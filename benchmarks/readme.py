@@ -411,7 +411,7 @@ PAGES: dict[str, Tables] = {
         "scale_training": (["scale_model"], scale_training_table),
         "scale_limits": (["scale_model"], scale_limits_table),
         "scale_check": (["scale_check"], scale_check_table),
-        "scale_costs": (["scale_costs"], scale_costs_table),
+        "scale_costs": (["scale_costs", "ray_overhead"], scale_costs_table),
         "scale_assumptions": (["scale_model"], scale_assumptions_table),
     },
     "docs/troubleshooting.md": {"disk": (["flow_extraction", "loader_throughput"], disk_table)},

@@ -185,7 +185,7 @@ def scale_check_table(result: dict[str, Any]) -> str:
     return _table(head, rows) + note
 
 
-def scale_costs_table(result: dict[str, Any]) -> str:
+def scale_costs_table(result: dict[str, Any], ray: dict[str, Any]) -> str:
     """What was measured of one machine."""
     stages = {(row["stage"], row["processes"]): row["ms_per_frame"] for row in result["stages"]}
     names = {
@@ -209,6 +209,7 @@ def scale_costs_table(result: dict[str, Any]) -> str:
         ["joining a shard with hash and fsync, MB/s", spread(join["mb_per_s"])],
         ["the same by CPU time, MB/s", spread(join["mb_per_cpu_s"])],
         ["SHA-256 alone, MB/s", spread(join["sha256_mb_per_s"])],
+        ["taking fragments that nodes send, without a network, MB/s", spread(ray["taken_mb_per_s"])],
         ["building an index, frames/s", spread(index["frames_per_s"])],
         ["memory of that; bytes of the index, a frame", f"{index['memory_bytes_per_frame']:.0f}; "
          f"{index['bytes_per_frame']:.0f}"],
