@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 #: Requests whose shards are asked for ahead of need.
 AHEAD = 32
-#: Part of the cache that those shards may take: what is read now must stay there too.
+#: Part of the cache, less the set's index and lists, that those shards may take: what is read now must stay there too.
 _PART_AHEAD = 0.75
 #: Shards of a process that are fetched at a time, and of those ahead of need that may be missing: each process of a
 #: machine fetches into the same cache.
@@ -119,14 +119,15 @@ def _work(
 
 def ahead(requests: Iterator[Request], index: Index, ask: Callable[[list[int]], list[int]]) -> Iterator[Request]:
     """The same requests. While earlier ones are read, the shards of those that come are asked for, as many as the
-    cache holds, and asked for again every few requests: or those that were read last, and are needed no more, would
-    stay in the cache longer than those that were fetched ahead of need.
+    cache holds, and asked for again, in a cache that does not hold the set whenever a shard is left: or those that were
+    read last, and are needed no more, would stay there longer than those that were fetched ahead of need.
 
     ask: called with shards, those needed next first. Returns those that are not there.
     """
     if index.cache is None:
         return requests
-    return _ahead(requests, index, ask, int(_PART_AHEAD * index.cache.max_bytes))
+    for_shards = index.cache.max_bytes - index.cache.own_bytes
+    return _ahead(requests, index, ask, int(_PART_AHEAD * for_shards))
 
 
 def _ahead(

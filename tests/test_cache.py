@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -708,3 +709,28 @@ def test_a_pool_through_a_cache_that_just_holds_it_fetches_each_shard_about_once
     fetches = sum(folder.asked(name) for name in index_.shards) / 1000
     entered = pool_shards + num_steps // pool_steps
     assert fetches <= 1.05 * entered
+
+
+def test_a_small_cache_read_in_order_fetches_each_shard_once(tmp_path):
+    """As tests read their videos: what is fetched takes the place of what was left, not of what is read next."""
+    num_shards, held = 60, 6
+    root = made_up_set(tmp_path / "set", [os.urandom(1000)] * num_shards)
+    folder = Folder(tmp_path / "log")
+    max_bytes = cached_overhead(root) + held * 1000
+    cache = ShardCache.open("test:/", tmp_path / "cache", max_bytes, store_of(root, folder))
+    of_video = np.arange(num_shards)
+    sizes = [1000] * num_shards
+    index_ = SimpleNamespace(cache=cache, shards=cache.shard_names, shard_bytes=sizes, shard=of_video)
+    fetcher = ahead_module.Fetcher(index_)
+
+    def ask(shards):
+        missing = fetcher.ask(shards, now=False)
+        while fetcher._asked:  # a store that answers at once
+            time.sleep(0.001)
+        return missing
+
+    wanted = (SimpleNamespace(video=np.array([number])) for number in range(num_shards))
+    for request in ahead(wanted, index_, ask):
+        os.close(cache.open_file(index_.shards[int(request.video[0])]))
+    fetcher.close()
+    assert [folder.asked(name) for name in index_.shards] == sizes
