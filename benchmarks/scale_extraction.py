@@ -18,7 +18,7 @@ import numpy as np
 import simpy
 from scale_events import Link
 
-#: Shards that are joined and not sent: the driver joins no more while there are as many (`flow/publish.py`).
+#: Shards that wait to be sent, with the one on its way: one joined beyond holds up the driver (`flow/publish.py`).
 MAX_UNSENT = 3
 #: Share of the videos at whose end the steady stretch begins, and ends.
 STEADY = (0.2, 0.8)

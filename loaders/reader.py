@@ -27,7 +27,7 @@ _Tasks = SimpleQueue[tuple[_Read, Callable[[], Any]] | None]
 class Reader:
     """Requests with their bytes, in order, read ahead by threads. What is taken is valid until `source.release`.
 
-    timeout_s: longest wait for a request's bytes; of a cache, while nothing is fetched into it.
+    timeout_s: longest wait for a request's bytes.
     replacements: of damaged samples; without, damage is an error.
     """
 

@@ -321,17 +321,27 @@ dist.launch(Machines(min_nodes=3, max_nodes=3, node_rank=int(sys.argv[1]), rdzv=
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_launchers_of_fixed_ranks_that_wait_for_another_can_be_stopped(free_address, number):
     with ExitStack() as stack:
-        processes = []
-        for rank in (0, 1):
+
+        def start(rank):
             words = [sys.executable, "-c", FIXED, str(rank), free_address]
-            processes.append(stack.enter_context(subprocess.Popen(words, stderr=subprocess.PIPE, text=True)))
-            while "for all 3 machines" not in (line := processes[-1].stderr.readline()):
+            process = stack.enter_context(subprocess.Popen(words, stderr=subprocess.PIPE, text=True))
+            stack.callback(process.kill)
+            while "for all 3 machines" not in (line := process.stderr.readline()):
                 assert line, "it ended"
-        for process in reversed(processes):
+            time.sleep(0.5)  # now it waits
+            return process
+
+        def stop(process):
             assert process.poll() is None
             process.send_signal(number)
-            said = process.communicate(timeout=120)[1]
+            said = process.communicate(timeout=60)[1]
             assert process.returncode == 128 + number and f"stopped by {number.name}" in said
+
+        host = start(0)
+        stop(start(1))
+        again = start(1)  # three have come, and one of them twice
+        stop(host)
+        again.kill()
 
 
 def test_a_host_that_never_comes_is_named_and_who_can_be_one(free_address):

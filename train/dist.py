@@ -31,10 +31,6 @@ from train.watchdog import Watchdog, margin_s
 
 logger = logging.getLogger(__name__)
 
-#: Key that the host of fixed ranks sets when all are there.
-_ALL_MET = "two-stream/all-met"
-
-
 #: Time from a process's failure, which the others may share, to its end.
 LAST_WORDS_S = 1.0
 
@@ -203,25 +199,25 @@ def _meeting_point(machines: Machines) -> Iterator[None]:
                 await_listener(rdzv)
                 timeout = timedelta(seconds=ANSWER_S)
                 await_answer(rdzv, lambda: dist.TCPStore(host, port, wait_for_workers=False, timeout=timeout))
-        if static:
+        if machines.node_rank is not None:
             with ending_at_once():
-                store = _met(host, port, machines)
+                store = _met(host, port, machines, machines.node_rank)
     yield
     del store  # it ends with its last reference
 
 
-def _met(host: str, port: int, machines: Machines) -> dist.TCPStore:
-    """The store of fixed ranks, once all are there: torch's launcher, which shares it, would hear no signal until then.
+def _met(host: str, port: int, machines: Machines, rank: int) -> dist.TCPStore:
+    """The store of fixed ranks, once each has come: torch's launcher, which shares it, would hear no signal until then.
 
     Raises DistError if they do not come within PATIENCE_S.
     """
     logger.warning("waiting up to %.0f s for all %d machines", PATIENCE_S, machines.max_nodes)
-    hosts, timeout = machines.node_rank == 0, timedelta(seconds=PATIENCE_S)
-    store = dist.TCPStore(host, port, machines.max_nodes, hosts, timeout, multi_tenant=True)  # the host waits in it
-    if hosts:
-        store.set(_ALL_MET, "")
-    else:
-        store.wait([_ALL_MET], timeout)
+    timeout = timedelta(seconds=PATIENCE_S)
+    # Torch would count connections, also those of launchers that were stopped and have come again.
+    store = dist.TCPStore(host, port, machines.max_nodes, rank == 0, timeout, wait_for_workers=False, multi_tenant=True)
+    came = [f"two-stream/{machines.rdzv_id}/{number}" for number in range(machines.max_nodes)]
+    store.set(came[rank], "")
+    store.wait(came, timeout)
     return store
 
 
